@@ -1,0 +1,443 @@
+"""Show-o (arXiv 2408.12528) and its image tokenizer MAGVIT-v2 (arXiv 2310.05737): load, prompt -> ids, codes -> logits,
+codes -> pixels. Sizes come from the configs, so the 1.3B model and the tiny one in shapes/ are one class.
+
+Everything outside this file speaks codes: Long[B, N] with values 0..K-1, and K = masked. Vocabulary offsets stay here.
+
+    showo = load_showo("showlab/show-o-512x512", device="cuda")
+    prompt = showo.encode(["a red fox in the snow"])
+    logits = showo.logits(torch.full((1, showo.N), showo.K, device="cuda"), prompt)     # [1, N, K]
+
+Departures from Show-o's own code: a prompt that spells a special token ("<|soi|>", "[PAD]") is plain text, never a
+control token; columns that are padding in every row are not computed (rotary positions are kept, so this is exact).
+"""
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+try:
+    import torchvision  # noqa: F401  (transformers and open_clip import it when it is installed)
+except ImportError:
+    pass
+except RuntimeError as error:  # a CUDA build of torchvision beside a CPU build of torch
+    if "torchvision::nms" not in str(error):
+        raise
+    _torchvision_ops = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _torchvision_ops.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM  # noqa: E402
+
+SPECIALS = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>")
+PHI_1_5 = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
+               max_position_embeddings=2048, hidden_act="gelu_new", layer_norm_eps=1e-5, rope_theta=10000.0,
+               partial_rotary_factor=0.5)
+WEIGHT_NAMES = [stem + ext for ext in (".safetensors", ".bin") for stem in ("pytorch_model", "model")]
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names the file, line or flag and what to do about it."""
+
+
+# ------------------------------------------------------------------------------------------------ Show-o
+
+@dataclass
+class Prompt:
+    """Encoded prompts: ids Long[B, max_text_len + 1], left-padded; real Bool of the same shape, False on padding."""
+    ids: torch.Tensor
+    real: torch.Tensor
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, rows):
+        return Prompt(self.ids[rows], self.real[rows])
+
+    def repeat(self, G: int) -> "Prompt":
+        """Each prompt G times in a row: the rows of a group stand side by side."""
+        return Prompt(self.ids.repeat_interleave(G, 0), self.real.repeat_interleave(G, 0))
+
+
+class Showo(nn.Module):
+    """Phi with q/k layer norms that predicts the code of every masked image token. N image tokens, K codes.
+
+    config: Show-o's config.json as a dict; phi: the language model's sizes (PhiConfig keys) over those of Phi-1.5.
+    Source: showlab/Show-o models/modeling_showo.py and training/prompting_utils.py."""
+
+    def __init__(self, config: dict, phi: dict, tokenizer):
+        super().__init__()
+        self.config, self.tokenizer = dict(config), tokenizer
+        self.N, self.K, self.text_vocab = config["num_vq_tokens"], config["codebook_size"], config["llm_vocab_size"]
+        self.code_offset = self.text_vocab + len(SPECIALS)
+        if config["vocab_size"] != self.code_offset + self.K + 1:
+            raise InputError(f"config.json: vocab_size {config['vocab_size']} is not llm_vocab_size {self.text_vocab} + "
+                             f"{len(SPECIALS)} specials + codebook_size {self.K} + 1 mask")
+        self.pad, self.soi, self.eoi, self.t2i = (self.text_vocab + SPECIALS.index(name)
+                                                  for name in ("[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>"))
+        phi = {**PHI_1_5, **phi, "vocab_size": config["vocab_size"], "qk_layernorm": True, "tie_word_embeddings": False}
+        self.phi_config = PhiConfig.from_dict(phi)
+        self.showo = PhiForCausalLM._from_config(self.phi_config, attn_implementation="sdpa")
+
+    @property
+    def device(self):
+        return self.showo.lm_head.weight.device
+
+    def encode(self, prompts: list[str], max_text_len: int = 128) -> Prompt:
+        """prompts -> ids Long[B, max_text_len + 1] = [PAD].. <|t2i|> bos text eos; over-long text is cut, eos kept."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = torch.full((len(prompts), max_text_len + 1), self.pad)
+        for row, text in zip(ids, self.tokenizer(list(prompts))["input_ids"] if prompts else []):
+            text = [self.t2i] + ([] if text[:1] == [bos] else [bos]) + list(text) + [eos]
+            if len(text) > len(row):
+                text = text[:max_text_len] + [eos]
+            row[len(row) - len(text):] = torch.tensor(text)
+        ids = ids.to(self.device)
+        return Prompt(ids, ids != self.pad)
+
+    def sequence(self, codes, prompt: Prompt):
+        """codes Long[B, N] (K = masked) -> ids Long[B, L] = text <|soi|> image <|eoi|>, attend Bool[B, L, L] (query, key).
+
+        Text is causal; soi..eoi see each other both ways and all real text; nobody sees padding (a padding row sees
+        only itself, so that its softmax is defined)."""
+        B, N = codes.shape
+        column = codes.new_full((B, 1), 1)
+        ids = torch.cat([prompt.ids, column * self.soi, codes + self.code_offset, column * self.eoi], 1)      # (B, L)
+        i = torch.arange(ids.shape[1], device=ids.device)
+        allowed = (i[:, None] >= i[None]) | (i[:, None] >= prompt.ids.shape[1])                               # (L, L)
+        real = F.pad(prompt.real, (0, N + 2), value=True)                                                     # (B, L)
+        return ids, (allowed & real[:, None]) | (i[:, None] == i[None])
+
+    def logits(self, codes, prompt: Prompt, *, guidance: float = 0.0):
+        """codes Long[B, N], prompt of B rows -> Float32[B, N, K]; the logits at a position predict that position.
+
+        guidance g > 0: (1 + g) * conditional - g * unconditional, the latter with the empty prompt."""
+        if guidance:
+            empty = self.encode([""], prompt.ids.shape[1] - 1).repeat(len(prompt))
+            both = Prompt(torch.cat([prompt.ids, empty.ids]), torch.cat([prompt.real, empty.real]))
+            cond, uncond = self.logits(torch.cat([codes, codes]), both).chunk(2)
+            return (1 + guidance) * cond - guidance * uncond
+        pads = int((~prompt.real).sum(1).min())  # columns that are padding in every row
+        ids, attend = self.sequence(codes, Prompt(prompt.ids[:, pads:], prompt.real[:, pads:]))
+        position = torch.arange(pads, pads + ids.shape[1], device=ids.device)[None]
+        hidden = self.showo.model(input_ids=ids, attention_mask=attend[:, None], position_ids=position,
+                                  use_cache=False).last_hidden_state
+        columns = slice(self.code_offset, self.code_offset + self.K)
+        head = self.showo.lm_head
+        return F.linear(hidden[:, -codes.shape[1] - 1:-1], head.weight[columns], head.bias[columns]).float()
+
+    def save(self, folder):
+        """Write Show-o's layout: config.json, pytorch_model.safetensors, phi_config.json, tokenizer files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        sizes = {key: getattr(self.phi_config, key) for key in PHI_1_5 if hasattr(self.phi_config, key)}
+        sizes |= {key: self.phi_config.rope_parameters[key] for key in ("rope_theta", "partial_rotary_factor")}
+        (folder / "phi_config.json").write_text(json.dumps({"model_type": "phi", **sizes}, indent=2) + "\n")
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "pytorch_model.safetensors",
+                  metadata={"format": "pt"})
+
+
+def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.float32) -> Showo:
+    """A folder or hub id with config.json and weights, or a bare state_dict file (.pth, .bin, .safetensors) -> Showo.
+
+    tokenizer: folder or hub id; None = the folder's own files if it has them, else microsoft/phi-1_5.
+    Raises InputError when a file is missing or unreadable, or a weight is missing, surplus or of another shape."""
+    path = _fetch(path_or_hub_id, ["config.json", "phi_config.json", "pytorch_model*", "model*", "tokenizer*", "vocab.json",
+                                   "merges.txt", "special_tokens_map.json", "added_tokens.json"])
+    folder = path if path.is_dir() else path.parent
+    if tokenizer is None:
+        tokenizer = folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"
+    try:
+        text = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--tokenizer {tokenizer}: cannot load it ({_first_line(error)}); name a folder with "
+                         "tokenizer.json or a hub id") from None
+    state = {k: v for k, v in read_weights(path).items() if not k.startswith("mm_projector.")}
+    phi = _read_json(folder / "phi_config.json") if (folder / "phi_config.json").exists() else {}
+    if path.is_dir():
+        config = _read_json(folder / "config.json")
+    else:
+        config, phi = _infer_config(path, state, len(text), phi)
+    with torch.device("meta"):
+        model = Showo(config, phi, text)
+    _load_strict(model, {k: v.to(device=device, dtype=dtype) for k, v in state.items()}, path)
+    model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.phi_config).to(device)
+    return model.eval()
+
+
+def _infer_config(path, state, n_text, phi):
+    """A bare state_dict (the authors' RL checkpoint) has no config: take the sizes from the shapes of its weights."""
+    try:
+        (vocab, hidden), (inner, _) = (state[f"showo.model.{n}.weight"].shape for n in ("embed_tokens", "layers.0.mlp.fc1"))
+        heads = hidden // state["showo.model.layers.0.self_attn.q_layernorm.weight"].shape[0]
+    except KeyError as error:
+        raise InputError(f"{path}: not a Show-o state_dict, {error} is missing") from None
+    layers = 24 if hidden == PHI_1_5["hidden_size"] else 1 + max(int(k.split(".")[3]) for k in state if ".layers." in k)
+    sizes = dict(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_hidden_layers=layers)
+    config = {"_class_name": "Showo", "vocab_size": vocab, "llm_vocab_size": n_text, "mask_token_id": vocab - 1,
+              "codebook_size": vocab - n_text - len(SPECIALS) - 1, "num_vq_tokens": 1024, "w_clip_vit": False,
+              "llm_model_path": "microsoft/phi-1_5", "load_from_showo": True}
+    return config, {**sizes, **phi}
+
+
+# ---------------------------------------------------------------------------------------------- MAGVIT-v2
+
+def _norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = _norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = _norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm = _norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
+        return x + self.proj_out(h.unflatten(2, x.shape[2:]))
+
+
+class Level(nn.Module):
+    """Blocks at one resolution, then an optional change of resolution; `attn` is empty, as in the released model."""
+
+    def __init__(self, c_in, c_out, n_blocks, resample=None):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n_blocks))
+        if resample:
+            self.add_module(resample, nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, stride=2 if resample ==
+                                                                       "downsample" else 1, padding=int(resample == "upsample"))}))
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):
+            x = self.downsample["conv"](F.pad(x, (0, 1, 0, 1)))
+        if hasattr(self, "upsample"):
+            x = self.upsample["conv"](F.interpolate(x, scale_factor=2.0))
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = ResnetBlock(c, c), AttnBlock(c), ResnetBlock(c, c)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, ch, ch_mult, num_res_blocks, z_channels, in_ch=3, **_):
+        super().__init__()
+        width, last = [ch] + [ch * m for m in ch_mult], len(ch_mult) - 1
+        self.conv_in = nn.Conv2d(in_ch, ch, 3, padding=1)
+        self.down = nn.ModuleList(Level(width[i], width[i + 1], num_res_blocks[i], "downsample" if i < last else None)
+                                  for i in range(last + 1))
+        self.mid, self.norm_out = Middle(width[-1]), _norm(width[-1])
+        self.conv_out, self.quant_conv = nn.Conv2d(width[-1], z_channels, 3, padding=1), nn.Conv2d(z_channels, z_channels, 1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, ch, ch_mult, num_res_blocks, z_channels, out_ch=3, **_):
+        super().__init__()
+        width = [ch * m for m in ch_mult] + [ch * ch_mult[-1]]  # level i turns width[i + 1] into width[i], from last to 0
+        self.post_quant_conv, self.conv_in = nn.Conv2d(z_channels, z_channels, 1), nn.Conv2d(z_channels, width[-1], 3, padding=1)
+        self.mid = Middle(width[-1])
+        self.up = nn.ModuleList(Level(width[i + 1], width[i], num_res_blocks[i], "upsample" if i else None)
+                                for i in range(len(ch_mult)))
+        self.norm_out, self.conv_out = _norm(width[0]), nn.Conv2d(width[0], out_ch, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid(self.conv_in(self.post_quant_conv(z)))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Quantizer(nn.Module):
+    """Look-up-free: a code is the sign pattern of its channels, the most significant bit first; 0 counts as negative."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.register_buffer("power_vals", 2 ** torch.arange(bits - 1, -1, -1))
+        codes = torch.arange(2 ** bits)[:, None]
+        self.register_buffer("embedding", (codes & self.power_vals).ne(0).float() * 2 - 1)  # (K, bits), +-1
+
+    def forward(self, hidden):  # (B, bits, H, W) -> Long[B, H*W]
+        return ((hidden > 0) * self.power_vals[:, None, None]).sum(1).flatten(1)
+
+
+class MAGVITv2(nn.Module):
+    """Images <-> codes. Source: showlab/Show-o models/modeling_magvitv2.py (the defaults are the released sizes)."""
+
+    FULL = dict(encoder=dict(ch=128, ch_mult=[1, 2, 2, 4, 4], num_res_blocks=[4, 3, 4, 3, 4], z_channels=13),
+                decoder=dict(ch=128, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=[4, 4, 3, 4, 3], z_channels=13))
+
+    def __init__(self, encoder=None, decoder=None, **_):
+        super().__init__()
+        self.config = {"encoder": encoder or self.FULL["encoder"], "decoder": decoder or self.FULL["decoder"]}
+        self.encoder, self.decoder = Encoder(**self.config["encoder"]), Decoder(**self.config["decoder"])
+        self.quantize = Quantizer(self.config["encoder"]["z_channels"])
+
+    def encode(self, images):
+        """images Float[B, 3, H, W] in [-1, 1] -> codes Long[B, N], row by row."""
+        return self.quantize(self.encoder(images))
+
+    def decode(self, codes, shape=None):
+        """codes Long[B, N] -> Float[B, 3, H, W], about [-1, 1], not clamped; shape (h, w) of the code grid, None = square."""
+        h, w = shape or (int(codes.shape[1] ** 0.5),) * 2
+        if h * w != codes.shape[1]:
+            raise ValueError(f"{codes.shape[1]} codes do not fill a {h} x {w} grid; give shape=(h, w)")
+        z = self.quantize.embedding[codes].unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        return self.decoder(z.contiguous())
+
+    def save(self, folder):
+        """Write config.json and model.safetensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"_class_name": "MAGVITv2", **self.config}, indent=2) + "\n")
+        save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
+    """A folder or hub id (showlab/magvitv2) with config.json and weights -> MAGVITv2 in float32; raises InputError."""
+    path = _fetch(path_or_hub_id, ["config.json", "pytorch_model*", "model*"])
+    config = _read_json(path / "config.json")
+    with torch.device("meta"):
+        model = MAGVITv2(**{k: config[k] for k in ("encoder", "decoder") if k in config})
+    _load_strict(model, {k: v.to(device) for k, v in read_weights(path).items()}, path)
+    return model.eval().requires_grad_(False)
+
+
+def to_uint8(images):
+    """Float[B, 3, H, W] in [-1, 1] -> uint8, truncated as Show-o's scripts do."""
+    return ((images.float() + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------- weight files
+
+def read_weights(path) -> dict:
+    """A weight file, or a folder with one (or with shards and their index) -> state_dict. No pickled objects are run."""
+    path = Path(path)
+    if path.is_dir():
+        for name in WEIGHT_NAMES:
+            if (path / name).exists():
+                return read_weights(path / name)
+            if (path / (name + ".index.json")).exists():
+                shards = sorted(set(_read_json(path / (name + ".index.json")).get("weight_map", {}).values()))
+                return {k: v for shard in shards for k, v in read_weights(path / shard).items()}
+        raise InputError(f"{path}: no weights there; expected one of {', '.join(WEIGHT_NAMES)}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
+        if isinstance(error, (KeyboardInterrupt, MemoryError)):
+            raise
+        raise InputError(f"{path}: cannot be read as a {'safetensors' if isinstance(error, SafetensorError) else 'weights'} "
+                         f"file ({_first_line(error)}); fetch or copy it again") from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{path}: not a state_dict (a flat mapping from names to tensors)")
+    return state
+
+
+def _load_strict(model, state, path):
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in state.items()}
+    faults = ([f"missing {k}" for k in wanted.keys() - given.keys()] + [f"surplus {k}" for k in given.keys() - wanted.keys()]
+              + [f"{k} has shape {list(given[k])}, wanted {list(wanted[k])}" for k in wanted.keys() & given.keys()
+                 if wanted[k] != given[k]])
+    if faults:
+        raise InputError(f"{path}: {len(faults)} weights do not fit {type(model).__name__}: {'; '.join(sorted(faults)[:5])}"
+                         f"{' ...' if len(faults) > 5 else ''}; is this the right checkpoint, or its config.json of another size?")
+    model.load_state_dict(state, assign=True)
+
+
+def _fetch(path_or_hub_id, patterns) -> Path:
+    path = Path(path_or_hub_id)
+    if path.parts[:1] == ("shapes",):  # the embedded default, from any working folder
+        path = Path(__file__).parent / path
+    if path.exists():
+        return path
+    if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
+        raise InputError(f"{path_or_hub_id}: no such file or folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+    except Exception as error:  # the hub client's network errors have no common class
+        raise InputError(f"{path_or_hub_id}: not a local folder, and fetching it from the hub failed "
+                         f"({_first_line(error)}); check the name and the network, or download it and give the folder") from None
+
+
+def _read_json(path) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
+
+
+def _first_line(error) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+# ------------------------------------------------------------------------------------------ command lines
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and whose --help shows the defaults."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def in_range(kind, low, high=float("inf")):
+    """An argparse type: kind (int or float) between low and high, both included."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {f'at least {low}' if high == float('inf') else f'from {low} to {high}'}")
+        return value
+    return parse
+
+
+def run(main):
+    """Call main(); an InputError becomes one line and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

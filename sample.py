@@ -1,0 +1,283 @@
+"""The unmasking MDP of Mask-GRPO (arXiv 2510.13418, Eq. 1-9 and 13-15), and the image sampler built on it.
+
+    python sample.py --prompt "a red fox in the snow" --n 4                # Show-o 512, one PNG grid
+    python sample.py --model shapes --prompt "a photo of a red circle" --n 8
+
+The upper half needs torch alone and one function, so it can be copied into other code:
+
+    policy(codes: Long[B, N]) -> logits: Float[B, N, K]                    # closed over the prompts; code K = masked
+
+State s_t = (c, t, Y_t), action a_t = Y_{t+1}, start all masked. Iterations t count from 0, as in the code of Show-o.
+
+Departures from the released code, all towards the paper: the last iteration unmasks every token that is left (there, one
+stays masked in the last state and never enters the loss); min(cs_t) of Eq. 14 is a number (there a bool, so Eq. 14 lost
+its second factor); a group is one batch. Kept from it: the compounding temperature (`annealing="compound"`).
+Departure from the paper: the default transition is Eq. 15 (p2), which is what the released training really computes.
+"""
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+# ------------------------------------------------------------------------------------------ the unmasking MDP
+
+@dataclass
+class Trajectory:
+    """A whole rollout. State t is where(order < t, codes, K); newly unmasked at t: order == t; re-masked: order > t."""
+    codes: torch.Tensor             # Long (B, N), the final tokens, 0..K-1
+    order: torch.Tensor             # Long (B, N), the iteration at which each token was unmasked, 0..T-1
+    threshold: torch.Tensor         # Float (B, T), min over the newly unmasked of their probability; inf if there are none
+    sampled: torch.Tensor | None    # Long (T, B, N), the tokens drawn at every iteration; only Eq. 13 needs them
+
+    def state(self, t, K):
+        """Y_t: Long (B, N), masked positions hold K."""
+        return torch.where(self.order < t, self.codes, K)
+
+
+def mask_schedule(N: int, T: int, kind: str = "cosine") -> torch.Tensor:
+    """Long[T]: how many of N tokens stay masked after each of T iterations; the last entry is 0 (n_t of Eq. 4 by difference).
+
+    floor(N r_t) with r_t = cos(pi/2 (t+1)/T) or 1 - (t+1)/T in float32, clamped to [1, masked - 1] as in Show-o.
+    Raises ValueError for an unknown kind or N, T < 1."""
+    if N < 1 or T < 1 or kind not in ("cosine", "linear"):
+        raise ValueError(f"mask_schedule: N={N} and T={T} must be at least 1, and kind {kind!r} cosine or linear")
+    stay, masked = [], N
+    for t in range(T):
+        u = torch.tensor((t + 1) / T)
+        ratio = torch.cos(u * math.pi * 0.5) if kind == "cosine" else 1 - u
+        masked = max(1, min(masked - 1, int(torch.floor(N * ratio))))
+        stay.append(masked)
+    return torch.tensor(stay[:-1] + [0])
+
+
+def temperatures(T: int, start: float = 1.0, annealing: str = "compound") -> list[float]:
+    """The factor of the Gumbel noise at each iteration: "compound" start * prod_{k<=t} (1 - (k+1)/T), what Show-o's
+    sampler does; "linear" start * (1 - (t+1)/T), what its papers describe; "none" start throughout."""
+    if annealing not in ("compound", "linear", "none"):
+        raise ValueError(f"temperatures: annealing {annealing!r} must be compound, linear or none")
+    out, running = [], start
+    for t in range(T):
+        ratio = 1.0 - (t + 1) / T
+        running *= ratio
+        out.append({"compound": running, "linear": start * ratio, "none": start}[annealing])
+    return out
+
+
+def choose_and_move(conf_logp, masked, n_stay_masked, temperature, gumbel):
+    """Eq. 5 -> Bool[B, N], the newly unmasked: all masked positions but the n_stay_masked least confident.
+
+    conf_logp Float[B, N]: log-probability of the token sampled at each position; masked Bool[B, N]; n_stay_masked an int
+    or Long[B] / [B, 1]; gumbel Float[B, N] standard Gumbel noise. Ties go to the later position."""
+    conf = conf_logp + temperature * gumbel if temperature else conf_logp
+    conf = conf.masked_fill(~masked, math.inf)  # after the noise: what is unmasked stays so
+    rank = conf.argsort(dim=1, stable=True).argsort(dim=1)
+    return masked & (rank >= torch.as_tensor(n_stay_masked, device=conf.device).reshape(-1, 1))
+
+
+def _noise(kind, shape, generators, device):
+    """Noise for a batch whose rows fall into equal chunks, one generator each: a chunk's noise does not depend on the others."""
+    chunks = [torch.empty(shape[0] // len(generators), *shape[1:], device=device).exponential_(generator=g) for g in generators]
+    noise = torch.cat(chunks)
+    return -noise.log() if kind == "gumbel" else noise
+
+
+@torch.no_grad()
+def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine", annealing="compound", keep_sampled=False):
+    """Sample B token sequences from all masked in T iterations -> Trajectory.
+
+    generator: a torch.Generator on the policy's device, or a list of them, one per equal chunk of the rows (so that a
+    group's samples depend on nothing but its own). temperature, annealing: of the Gumbel noise on the confidence, see
+    temperatures(). keep_sampled: also keep [T, B, N] sampled tokens, for Eq. 13. Raises ValueError when the chunks are unequal."""
+    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    if B % len(generators):
+        raise ValueError(f"rollout: {B} rows cannot be split evenly over {len(generators)} generators")
+    device = generators[0].device
+    stay = mask_schedule(N, T, schedule).tolist()
+    temps = temperatures(T, temperature, annealing)
+    codes = torch.full((B, N), K, device=device)
+    order = torch.full((B, N), T, device=device)
+    threshold, kept = [], []
+    for t in range(T):
+        masked = order == T
+        probs = torch.softmax(policy(codes).float(), -1)                                        # (B, N, K)
+        drawn = (probs / _noise("exponential", (B, N, K), generators, device)).argmax(-1)       # a categorical sample
+        conf = probs.gather(-1, drawn[..., None])[..., 0]                                       # cs_t
+        gumbel = _noise("gumbel", (B, N), generators, device)
+        new = choose_and_move(conf.clamp(min=1e-20).log(), masked, stay[t], temps[t], gumbel)   # Eq. 5
+        codes, order = torch.where(new, drawn, codes), torch.where(new, t, order)
+        threshold.append(conf.masked_fill(~new, math.inf).amin(1))
+        if keep_sampled:
+            kept.append(drawn)
+    return Trajectory(codes, order, torch.stack(threshold, 1), torch.stack(kept) if keep_sampled else None)
+
+
+def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sampled=None):
+    """log p_theta(s_{t+1} | s_t, a_t) -> Float[B], of the move that iteration t made; logits are those of state t.
+
+    logits Float[B, N, K]; codes, order Long[B, N] as in Trajectory; t an int, or Long[B] where rows differ.
+    kind "p2": Eq. 15, the newly unmasked alone. "p1": Eq. 14, times the probability, at every re-masked position, of a
+    token less likely than threshold (Float[B] or [B, T]; None = its value under these logits); a re-masked position whose
+    tail mass is zero is left out of the product (value and gradient 0). "ar": Eq. 13, every masked position with the
+    token drawn there (sampled Long[B, N] or [T, B, N]). Sums are float32, float64 for float64 logits.
+    Raises ValueError for an unknown kind or "ar" without sampled."""
+    if kind not in ("p1", "p2", "ar") or (kind == "ar" and sampled is None):
+        raise ValueError(f"transition_log_prob: kind {kind!r} must be p1, p2 or ar, and ar needs sampled")
+    logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)       # (B, N, K)
+    t = torch.as_tensor(t, device=codes.device).reshape(-1, 1)                                      # (1 or B, 1)
+    new, remasked = order == t, order > t
+    rows = torch.arange(len(codes), device=codes.device)
+    if kind == "ar":
+        tokens = sampled[t[:, 0], rows] if sampled.dim() == 3 else sampled
+        return (_at(logp, tokens) * (new | remasked)).sum(1)                                        # Eq. 13
+    conf = _at(logp, codes.clamp(max=logp.shape[-1] - 1))
+    log_p2 = torch.where(new, conf, 0).sum(1)                                                       # Eq. 15
+    if kind == "p2":
+        return log_p2
+    if threshold is None:
+        threshold = conf.detach().exp().masked_fill(~new, math.inf).amin(1)
+    elif threshold.dim() == 2:
+        threshold = threshold[rows, t[:, 0].expand(len(rows))]
+    p = logp.exp()
+    mass = torch.where(p < threshold[:, None, None], p, 0).sum(-1)                                  # (B, N)
+    counts = remasked & (mass > 0)
+    return log_p2 + torch.where(counts, mass, 1).log().sum(1)                                       # Eq. 14
+
+
+def _at(logp, tokens):
+    return logp.gather(-1, tokens[..., None])[..., 0]
+
+
+# ------------------------------------------------------------------------------------- pictures from Show-o
+
+from model import InputError, Parser, in_range, load_magvit, load_showo, run, to_uint8  # noqa: E402  (not needed above)
+
+
+def add_model_flags(p):
+    """--model, --ckpt, --vq, --tokenizer, --device, --dtype and the sampler's settings, shared with eval_geneval.py."""
+    p.add_argument("--model", default="showlab/show-o-512x512", help="hub id, folder or state_dict of Show-o; shapes = the tiny base")
+    p.add_argument("--ckpt", help="weights to use in place of the model's: a checkpoint folder of train.py, or a state_dict")
+    p.add_argument("--vq", help="hub id or folder of MAGVIT-v2 (default: showlab/magvitv2, or that of shapes)")
+    p.add_argument("--tokenizer", help="hub id or folder of the text tokenizer (default: the model's own, or microsoft/phi-1_5)")
+    p.add_argument("--steps", type=in_range(int, 1), help="T, unmasking iterations (default: 50; shapes 8)")
+    p.add_argument("--cfg", type=in_range(float, 0), help="guidance, 0 = none (default: 5; shapes 0)")
+    p.add_argument("--temperature", type=in_range(float, 0), default=1.0, help="of the Gumbel noise in choose-and-move")
+    p.add_argument("--schedule", choices=["cosine", "linear"], default="cosine")
+    p.add_argument("--annealing", choices=["compound", "linear", "none"], default="compound", help="of the temperature")
+    p.add_argument("--batch", type=in_range(int, 1), help="pictures at a time (default: 8; shapes 256)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the computation; auto: bf16 on a GPU")
+
+
+def drawer(args):
+    """The flags of add_model_flags -> draw(prompts, n, seeds) -> uint8 [len(prompts) * n, 3, H, W]; loads the models."""
+    tiny = args.model == "shapes"
+    steps, cfg, batch = (default if value is None else value for value, default in
+                         zip((args.steps, args.cfg, args.batch), (8, 0.0, 256) if tiny else (50, 5.0, 8)))
+    tokenizer = args.tokenizer or ("shapes" if tiny else None)
+    showo = load_showo(args.ckpt or args.model, tokenizer=tokenizer, device=args.device)
+    magvit = load_magvit(args.vq or ("shapes/magvitv2" if tiny else "showlab/magvitv2"), device=args.device)
+    half = args.dtype == "bf16" or (args.dtype == "auto" and showo.device.type == "cuda")
+
+    def draw(prompts, n, seeds):
+        with torch.autocast(showo.device.type, torch.bfloat16, enabled=half):
+            return generate(showo, magvit, prompts, n=n, T=steps, guidance=cfg, seeds=seeds, batch=batch, schedule=args.schedule,
+                            annealing=args.annealing, temperature=args.temperature)
+    return draw
+
+
+@torch.no_grad()
+def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, batch=8, **how):
+    """Draw n pictures of each prompt -> uint8 [len(prompts) * n, 3, H, W] on the CPU, the pictures of a prompt together.
+
+    Picture j of prompt i depends on seeds[i] (default i) and j alone, not on batch (pictures at a time). how: for rollout()."""
+    pictures, per = [], max(1, batch // n)
+    for i in range(0, len(prompts), per):
+        chunk = prompts[i:i + per]
+        prompt = showo.encode(chunk).repeat(n)
+        generators = [torch.Generator(showo.device).manual_seed(seeds[i + k] if seeds else i + k) for k in range(len(chunk))]
+        codes = rollout(lambda codes: showo.logits(codes, prompt, guidance=guidance), len(prompt), showo.N, showo.K, T,
+                        generator=generators, **how).codes
+        pictures.append(to_uint8(magvit.decode(codes)).cpu())
+    return torch.cat(pictures)
+
+
+def grid(images, captions, columns, scale=None):
+    """uint8 [B, 3, H, W] and a caption (or "") under each -> PIL image; small pictures are enlarged to about 128 pixels."""
+    scale = scale or max(1, 128 // images.shape[-1])
+    font, (h, w) = ImageFont.load_default(size=11), (side * scale for side in images.shape[-2:])
+    text = 28 if any(captions) else 0
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (w + 4), rows * (h + 4 + text)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = i % columns * (w + 4) + 2, i // columns * (h + 4 + text) + 2
+        sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((w, h), Image.Resampling.NEAREST), (x, y))
+        for line, words in enumerate(_wrap(caption, w, font)[:2]):
+            draw.text((x, y + h + 1 + 13 * line), words, "black", font)
+    return sheet
+
+
+def _wrap(text, width, font):
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = lines[:-1] + [longer] if font.getlength(longer) <= width else lines + [word]
+    return lines
+
+
+def read_prompts(path) -> list[dict]:
+    """A prompt file -> [{"prompt": ..., ...}]: .jsonl, one object a line with "prompt", optional "reward_prompt" and GenEval
+    metadata; any other name, one prompt a line. Empty lines are skipped. Raises InputError with the line's number."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path}: cannot be read ({error.strerror or error if isinstance(error, OSError) else 'it is not UTF-8 text'})") from None
+    out = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        entry = {"prompt": line.strip()}
+        if str(path).endswith(".jsonl"):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                raise InputError(f"--prompts {path}: line {number} is not JSON") from None
+            if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+                raise InputError(f'--prompts {path}: line {number} has no "prompt" text')
+        out.append(entry)
+    if not out:
+        raise InputError(f"--prompts {path}: no prompts in it")
+    return out
+
+
+def main():
+    p = Parser("Draw pictures with Show-o: one PNG, a grid when there are several.")
+    p.add_argument("--prompt", action="append", default=[], help="a text; can be given several times")
+    p.add_argument("--prompts", help="a file of prompts: txt, one a line, or jsonl with \"prompt\"")
+    p.add_argument("--n", type=in_range(int, 1), default=1, help="pictures per prompt")
+    p.add_argument("--seed", type=in_range(int, 0, 2 ** 40), default=0)
+    p.add_argument("--out", help="the PNG to write (default: sample-TIME.png)")
+    add_model_flags(p)
+    args = p.parse_args()
+    prompts = args.prompt + [line["prompt"] for line in (read_prompts(args.prompts) if args.prompts else [])]
+    if not prompts:
+        p.error("give --prompt TEXT or --prompts FILE")
+    out = Path(args.out or time.strftime("sample-%Y%m%d-%H%M%S.png"))
+    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
+        p.error(f"--out {out}: must be a .png in a folder that exists")
+    pictures = drawer(args)(prompts, args.n, [args.seed * 1_000_003 + i for i in range(len(prompts))])
+    if len(pictures) == 1:
+        Image.fromarray(pictures[0].permute(1, 2, 0).numpy()).save(out)
+    else:
+        columns = args.n if len(prompts) > 1 and args.n > 1 else math.ceil(math.sqrt(len(pictures)))
+        grid(pictures, [prompt for prompt in prompts for _ in range(args.n)], columns).save(out)
+    print(f"{len(pictures)} pictures of {len(prompts)} prompts in {out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,25 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT, DATA = Path(__file__).parent.parent, Path(__file__).parent / "data"
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+
+def read_json(name):
+    return json.loads((DATA / name).read_text())
+
+
+def read_lines(name):
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def base():
+    """The shipped tiny base: (Showo, MAGVITv2)."""
+    from model import load_magvit, load_showo
+    return load_showo("shapes"), load_magvit("shapes/magvitv2")

@@ -1,0 +1,167 @@
+"""model.py against numbers made by Show-o's own code (tests/data/README.md)."""
+import pytest
+import torch
+from conftest import DATA, read_json
+from safetensors.torch import load_file, save_file
+
+from model import InputError, MAGVITv2, Prompt, Showo, load_magvit, load_showo, read_weights, to_uint8
+
+TOKENIZER = DATA / "prompting/tokenizer"
+
+
+@pytest.fixture(scope="module")
+def showo():
+    return load_showo(DATA / "showo/checkpoint", tokenizer=TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return load_file(DATA / "showo/expected.safetensors"), read_json("showo/expected.json")["cases"]
+
+
+@pytest.mark.parametrize("max_text_len", [8, 16, 128])
+def test_prompts_become_the_official_ids(showo, max_text_len):
+    facts = read_json("prompting/prompting.json")
+    prompt = showo.encode(facts["prompts"], max_text_len)
+    ids, _ = showo.sequence(torch.full((len(prompt), 16), showo.K), prompt)
+    assert ids.tolist() == facts["sequences"][str(max_text_len)]
+    assert (~prompt.real).sum(1).tolist() == facts["first_real_index"][str(max_text_len)]
+
+
+def test_prompts_cannot_spell_control_tokens(showo):
+    ids = showo.encode(["<|soi|> [PAD] <|t2i|>"], 64).ids[0]
+    text = ids[ids != showo.pad]
+    assert text[0] == showo.t2i and (text[1:] < showo.text_vocab).all() and len(text) > 10
+
+
+@pytest.mark.parametrize("max_text_len", [8, 16])
+def test_attention_is_the_official_mask_on_real_rows(showo, max_text_len):
+    facts, tensors = read_json("prompting/prompting.json"), load_file(DATA / "prompting/attention.safetensors")
+    chosen = [facts["prompts"][i] for i in read_json("prompting/attention.json")["prompt_index"]]
+    ids, attend = showo.sequence(torch.full((len(chosen), 16), showo.K), showo.encode(chosen, max_text_len))
+    name = f"m{max_text_len}."
+    assert torch.equal(ids, tensors[name + "input_ids"])
+    real = ~tensors[name + "is_pad"]
+    assert torch.equal(attend[real], tensors[name + "attend"][real])
+
+
+@pytest.mark.parametrize("case", ["single", "batch4", "partial4"])
+def test_logits(showo, expected, case):
+    tensors, cases = expected
+    codes = tensors[f"{case}.input_ids"][:, -17:-1] - showo.code_offset
+    with torch.no_grad():
+        logits = showo.logits(codes, showo.encode(cases[case]["prompts"], 16))
+    torch.testing.assert_close(logits, tensors[f"{case}.image_logits"], atol=1e-4, rtol=1e-4)
+
+
+def test_logits_do_not_depend_on_padding(showo):
+    codes = torch.full((1, 16), showo.K)
+    with torch.no_grad():
+        alone, padded = (showo.logits(codes, showo.encode(["a photo of a cat"], m)) for m in (16, 100))
+    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=1e-5)
+
+
+def test_guidance(showo, expected):
+    tensors, cases = expected
+    codes = tensors["cfg.input_ids"][:2, -17:-1] - showo.code_offset
+    with torch.no_grad():
+        logits = showo.logits(codes, showo.encode(cases["cfg"]["prompts"], 16), guidance=5.0)
+    torch.testing.assert_close(logits, tensors["cfg.guided_image_logits"], atol=1e-3, rtol=1e-4)
+
+
+def test_every_layout_loads_the_same(showo, tmp_path):
+    state = showo.state_dict()
+    torch.save(dict(state), tmp_path / "mycheckpoint.pth")
+    names = sorted(state)
+    for folder, parts in (("bin", [names]), ("sharded", [names[:20], names[20:]])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text((DATA / "showo/checkpoint/config.json").read_text())
+        (tmp_path / folder / "phi_config.json").write_text((DATA / "showo/checkpoint/phi_config.json").read_text())
+        if len(parts) == 1:
+            torch.save(dict(state), tmp_path / folder / "pytorch_model.bin")
+            continue
+        files = [f"model-{i}.safetensors" for i in range(len(parts))]
+        for file, part in zip(files, parts):
+            save_file({k: state[k] for k in part}, tmp_path / folder / file)
+        index = ", ".join(f'"{k}": "{file}"' for file, part in zip(files, parts) for k in part)
+        (tmp_path / folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{index}}}}}')
+    for path in ("mycheckpoint.pth", "bin", "sharded"):
+        other = load_showo(tmp_path / path, tokenizer=TOKENIZER)
+        assert all(torch.equal(other.state_dict()[k], v) for k, v in state.items())
+        assert (other.K, other.code_offset, other.text_vocab) == (showo.K, showo.code_offset, showo.text_vocab)
+
+
+def test_save_and_load_again(showo, tmp_path):
+    showo.save(tmp_path / "saved")
+    again = load_showo(tmp_path / "saved")
+    assert load_file(tmp_path / "saved/pytorch_model.safetensors").keys() == showo.state_dict().keys()
+    prompt, codes = showo.encode(["a red cat"]), torch.full((1, 16), showo.K)
+    with torch.no_grad():
+        assert torch.equal(again.logits(codes, again.encode(["a red cat"])), showo.logits(codes, prompt))
+
+
+def test_full_size_modules_have_the_official_names_and_shapes():
+    config = dict(vocab_size=58498, llm_vocab_size=50295, codebook_size=8192, num_vq_tokens=1024)
+    with torch.device("meta"):
+        models = Showo(config, {}, None), MAGVITv2()
+    manifests = (read_json("showo/showo_512_manifest.json")["w_clip_vit_false"], read_json("magvit/magvitv2_manifest.json"))
+    for model, manifest in zip(models, manifests):
+        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        assert shapes == {name: entry["shape"] for name, entry in manifest["tensors"].items()}
+
+
+def test_magvit():
+    model, expected = load_magvit(DATA / "magvit"), load_file(DATA / "magvit/expected.safetensors")
+    close = dict(atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encoder(expected["encode.pixels"]), expected["encode.hidden"], **close)
+        assert torch.equal(model.encode(expected["encode.pixels"]), expected["encode.indices"])
+        assert torch.equal(model.quantize.embedding, expected["codebook.entries"])
+        pixels = model.decode(expected["decode.indices"])
+        torch.testing.assert_close(pixels, expected["decode.pixels"], **close)
+        torch.testing.assert_close(model.decode(expected["decode_rect.indices"], (4, 6)), expected["decode_rect.pixels"], **close)
+    difference = to_uint8(pixels).permute(0, 2, 3, 1).int() - expected["decode.uint8"].int()
+    assert difference.abs().max() <= 1
+    with pytest.raises(ValueError, match="24 codes"):
+        model.decode(expected["decode_rect.indices"])
+
+
+def test_prompt_rows():
+    prompt = Prompt(torch.arange(6).view(3, 2), torch.ones(3, 2, dtype=torch.bool))
+    assert prompt.repeat(2).ids[:, 0].tolist() == [0, 0, 2, 2, 4, 4] and prompt[torch.tensor([2])].ids.tolist() == [[4, 5]]
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda s: s.pop("showo.lm_head.bias"), "missing showo.lm_head.bias"),
+    (lambda s: s.update({"extra.weight": torch.zeros(1)}), "surplus extra.weight"),
+    (lambda s: s.update({"showo.lm_head.bias": torch.zeros(3)}), r"showo.lm_head.bias has shape \[3\], wanted \[395\]")])
+def test_wrong_weights_are_named(showo, tmp_path, damage, message):
+    state = dict(showo.state_dict())
+    damage(state)
+    for name in ("config.json", "phi_config.json"):
+        (tmp_path / name).write_text((DATA / "showo/checkpoint" / name).read_text())
+    save_file(state, tmp_path / "pytorch_model.safetensors")
+    with pytest.raises(InputError, match=message):
+        load_showo(tmp_path, tokenizer=TOKENIZER)
+
+
+class Trap:
+    """Unpickling it would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_unreadable_weights_are_named_and_pickled_code_is_not_run(tmp_path):
+    torch.save({"weight": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
+    (tmp_path / "cut.safetensors").write_bytes((DATA / "magvit/model.safetensors").read_bytes()[:5000])
+    (tmp_path / "empty").mkdir()
+    for name in ("evil.pth", "cut.safetensors", "empty", "absent.pth"):
+        with pytest.raises((InputError, FileNotFoundError), match=name):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(InputError, match="no such file"):
+        load_showo(tmp_path / "absent")

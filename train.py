@@ -1,0 +1,536 @@
+"""Mask-GRPO (arXiv 2510.13418): RL for masked text-to-image models, one readable loop.
+
+    python train.py --model shapes --no-kl --filter-low                     # minutes on 2 CPU cores
+    torchrun --nproc_per_node 8 train.py --no-kl --filter-low               # the paper's run on Show-o 512, CLIP reward
+
+One optimizer step: sample G pictures for each prompt (sample.py, Eq. 1-9), score them (reward.py), turn rewards into
+advantages (grpo.py, Eq. 12), and climb Eq. 10 over the T unmasking iterations (Eq. 11, 13-15).
+
+Departures from the paper:
+- the default transition is p2 (Eq. 15), which is what the released training really computes; --transition p1 is Eq. 14;
+- Eq. 10's mean runs over all groups of all processes; a group still under the filter's bar after --max-resample is used;
+- prompts: LAION captions cannot be shipped, prompts/train.txt holds captions of our own making.
+Randomness is a function of (seed, step, prompt slot), so a run is the same on any number of processes, and when resumed.
+"""
+import contextlib
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import shapes
+from eval_geneval import exact_score, filter_detections, score
+from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
+from model import InputError, Parser, Prompt, in_range, load_magvit, load_showo, run, to_uint8
+from reward import make_reward
+from sample import Trajectory, generate, grid, read_prompts, rollout, transition_log_prob
+
+PRESETS = {
+    "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, eval_unmask_steps=50, eval_guidance=5.0,
+                  lr=3e-6, warmup=62, weight_decay=0.02, reward="clip", eval_every=0, eval_n=1, sample_every=50, save_every=100,
+                  micro_batch=6, filter_warmup=50),
+    "shapes": dict(steps=80, group_size=8, prompts_per_step=32, unmask_steps=8, eval_unmask_steps=8, eval_guidance=0.0,
+                   lr=5e-4, warmup=3, weight_decay=0.0, reward="geneval:exact", eval_every=20, eval_n=8, sample_every=20,
+                   save_every=40, micro_batch=256, filter_warmup=64)}
+
+
+def parse_args():
+    p = Parser("Train a masked text-to-image model with Mask-GRPO. Defaults with --model shapes differ; they are printed at the start.")
+    g = p.add_argument_group("what")
+    g.add_argument("--model", default="showlab/show-o-512x512", help="hub id, folder or state_dict of Show-o; shapes = the tiny base")
+    g.add_argument("--vq", help="hub id or folder of MAGVIT-v2 (default: showlab/magvitv2, or that of shapes)")
+    g.add_argument("--tokenizer", help="hub id or folder of the text tokenizer (default: the model's own, or microsoft/phi-1_5)")
+    g.add_argument("--prompts", help="txt, or jsonl with prompt, optional reward_prompt and metadata (default: prompts/train.txt)")
+    g.add_argument("--reward", help="see reward.py: clip, geneval:exact, or a weighted sum")
+    g.add_argument("--out", help="output folder (default: a new one under runs/)")
+    g.add_argument("--resume", nargs="?", const="auto", help="continue: the newest checkpoint in --out, or this checkpoint folder")
+    g = p.add_argument_group("the method")
+    g.add_argument("--steps", type=in_range(int, 1), help="optimizer steps with fresh rollouts")
+    g.add_argument("--group-size", type=in_range(int, 2, 4096), help="G, pictures per prompt")
+    g.add_argument("--prompts-per-step", type=in_range(int, 1), help="prompts per optimizer step and process")
+    g.add_argument("--unmask-steps", type=in_range(int, 1), help="T while training (fewer = the paper's unmasking reduction)")
+    g.add_argument("--transition", choices=["p1", "p2", "ar"], default="p2", help="Eq. 14, 15 or 13")
+    g.add_argument("--clip-low", type=in_range(float, 0, 1), default=0.9, help="lower bound of the ratio, 1 - e_low")
+    g.add_argument("--clip-high", type=in_range(float, 1), default=1.2, help="upper bound of the ratio, 1 + e_high")
+    g.add_argument("--no-kl", action="store_true", help="beta = 0: no reference model in memory")
+    g.add_argument("--kl-beta", type=in_range(float, 0), default=0.01, help="beta of Eq. 10")
+    g.add_argument("--filter-low", action="store_true", help="sample a group again when its reward std is low (Sec. 3.3)")
+    g.add_argument("--filter-percentile", type=in_range(float, 0, 100), default=10.0, help="of the history of group stds")
+    g.add_argument("--filter-warmup", type=in_range(int, 1), help="groups to see before the filter acts")
+    g.add_argument("--max-resample", type=in_range(int, 1, 100), default=1, help="times a group is sampled again at most")
+    g.add_argument("--loss-steps", type=in_range(int, 1), help="computational reduction: iterations in the loss (default: all)")
+    g.add_argument("--loss-steps-from", choices=["first", "last", "random"], default="first")
+    g.add_argument("--inner-epochs", type=in_range(int, 1, 100), default=1, help="optimizer steps on the same rollouts")
+    g.add_argument("--temperature", type=in_range(float, 0), default=1.0, help="of the Gumbel noise in choose-and-move")
+    g = p.add_argument_group("optimizer")
+    g.add_argument("--lr", type=in_range(float, 0), help="peak learning rate; the paper: 3e-6 without KL, 5e-6 with")
+    g.add_argument("--warmup", type=in_range(int, 0), help="linear warm-up steps, then cosine to 0")
+    g.add_argument("--weight-decay", type=in_range(float, 0))
+    g.add_argument("--max-grad-norm", type=in_range(float, 0), default=1.0, help="0 = no clipping")
+    g.add_argument("--micro-batch", type=in_range(int, 1), help="pictures per forward pass of the update; memory only")
+    g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the computation; weights stay fp32; auto: bf16 on a GPU")
+    g.add_argument("--seed", type=in_range(int, 0, 2 ** 31), default=42)
+    g = p.add_argument_group("watching")
+    g.add_argument("--eval-every", type=in_range(int, 0), help="steps between evaluations, 0 = none")
+    g.add_argument("--eval-n", type=in_range(int, 1), help="pictures per evaluation prompt")
+    g.add_argument("--eval-unmask-steps", type=in_range(int, 1), help="T when evaluating")
+    g.add_argument("--eval-guidance", type=in_range(float, 0), help="guidance when evaluating; training uses none")
+    g.add_argument("--eval-prompts", help="as --prompts (default: 64 held-out prompts of shapes, else 8 lines of prompts/eval.txt)")
+    g.add_argument("--sample-every", type=in_range(int, 0), help="steps between picture grids, 0 = none")
+    g.add_argument("--save-every", type=in_range(int, 0), help="steps between checkpoints, 0 = only the last")
+    g.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
+    known, _ = p.parse_known_args()
+    p.set_defaults(**PRESETS["shapes" if known.model == "shapes" else "showo"])
+    args = p.parse_args()
+    if args.loss_steps and args.loss_steps > args.unmask_steps:
+        p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
+    if args.resume == "auto" and not args.out:
+        p.error("--resume without a checkpoint needs --out, the folder of the run to continue")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+def setup():
+    """-> rank, world size, device. One process alone needs no process group."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def all_sum(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_cat(tensor):
+    """The equally shaped tensors of all processes, in the order of ranks, joined along dim 0."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def generator(device, *key):
+    """A random state that depends on the key alone."""
+    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+# ---------------------------------------------------------------------------------------------- one step
+
+@dataclass
+class Batch:
+    """The rollouts of one step on this process: P prompts of G pictures, B = P * G rows, the rows of a group together."""
+    prompt: Prompt
+    traj: Trajectory
+    rewards: torch.Tensor           # Float (P, G)
+    log: dict                       # parts of the reward, Float (P, G) each
+    resampled: int = 0              # groups sampled again
+
+
+def empty_batch(lines, showo, args):
+    P, G, T, device = len(lines), args.group_size, args.unmask_steps, showo.device
+    long = lambda *shape: torch.zeros(*shape, showo.N, dtype=torch.long, device=device)  # noqa: E731
+    traj = Trajectory(long(P * G), long(P * G), torch.zeros(P * G, T, device=device),
+                      long(T, P * G) if args.transition == "ar" else None)
+    return Batch(showo.encode([line["prompt"] for line in lines]).repeat(G), traj, torch.zeros(P, G), {})
+
+
+def collect(step, lines, args, showo, magvit, reward, sample_filter, policy, clock) -> Batch:
+    """Roll out, decode and score the groups of this step; with a filter, groups of low reward std again (Sec. 3.3).
+
+    All processes judge all groups against one common history, in lockstep, so they agree on when to stop."""
+    P, G, device = len(lines), args.group_size, showo.device
+    first = P * (dist.get_rank() if dist.is_initialized() else 0)               # prompt slot of this process's first group
+    batch, pending = empty_batch(lines, showo, args), torch.ones(P, dtype=torch.bool)
+    for attempt in range(1 + args.max_resample):
+        if pending.any():
+            chosen, rows = pending.nonzero()[:, 0].tolist(), pending.repeat_interleave(G).nonzero()[:, 0].to(device)
+            prompt, asked = batch.prompt[rows], [lines[i] for i in chosen for _ in range(G)]
+            with clock("rollout"):
+                traj = rollout(lambda codes: policy(codes, prompt), len(rows), showo.N, showo.K, args.unmask_steps,
+                               generator=[generator(device, args.seed, step, first + i, attempt) for i in chosen],
+                               temperature=args.temperature, keep_sampled=args.transition == "ar")
+            with clock("decode"), torch.no_grad():
+                images = torch.cat([to_uint8(magvit.decode(codes)) for codes in traj.codes.split(args.micro_batch)])
+            with clock("reward"):
+                values = reward(images, [line.get("reward_prompt", line["prompt"]) for line in asked], asked)
+            for name in ("codes", "order", "threshold"):
+                getattr(batch.traj, name)[rows] = getattr(traj, name)
+            if traj.sampled is not None:
+                batch.traj.sampled[:, rows] = traj.sampled
+            for name, part in {"": values, **reward.log}.items():
+                (batch.log.setdefault(name, torch.zeros(P, G)) if name else batch.rewards)[pending] = part.reshape(-1, G)
+        if sample_filter is None:
+            break
+        std = all_cat(torch.where(pending, batch.rewards.std(1), torch.nan))    # NaN: not judged in this attempt
+        rejected = torch.zeros_like(std, dtype=torch.bool)
+        rejected[~std.isnan()] = ~sample_filter.keep(std[~std.isnan()])
+        if attempt == args.max_resample or not rejected.any():
+            break
+        pending = rejected[first:first + P]
+        batch.resampled += int(pending.sum())
+    return batch
+
+
+def loss_iterations(step, args):
+    """The iterations Eq. 10 sums over: all T, or a subset (Sec. 3.3, computational reduction)."""
+    T, k = args.unmask_steps, args.loss_steps or args.unmask_steps
+    if args.loss_steps_from == "random":
+        return sorted(random.Random(repr((args.seed, step, "iterations"))).sample(range(T), k))
+    return list(range(k) if args.loss_steps_from == "first" else range(T - k, T))
+
+
+def update(step, batch, args, policy, reference, params, optimizer, K) -> dict:
+    """Climb Eq. 10 on one batch of rollouts, --inner-epochs times; gradients are those of the mean over the groups of all
+    processes -> numbers for the log. policy, reference: (codes, Prompt) -> logits; reference None = no KL."""
+    iterations, device = loss_iterations(step, args), batch.traj.codes.device
+    adv = group_advantages(batch.rewards).flatten().to(device)                                  # (B,)  Eq. 12
+    used = torch.arange(len(adv), device=device) if reference else adv.nonzero()[:, 0]          # the rest has no gradient
+    B = all_sum(torch.tensor(float(len(adv)), device=device)).item()                            # pictures of all processes
+    logp_old = torch.zeros(args.unmask_steps, len(adv), device=device)
+    stats, n_skipped = [], 0
+    for epoch in range(args.inner_epochs):
+        for t in iterations:
+            for rows in used.split(args.micro_batch):
+                traj = batch.traj
+                codes, order, prompt = traj.codes[rows], traj.order[rows], batch.prompt[rows]
+                state = torch.where(order < t, codes, K)                                        # Y_t
+                move = dict(codes=codes, order=order, t=t, kind=args.transition, threshold=traj.threshold[rows],
+                            sampled=None if traj.sampled is None else traj.sampled[:, rows])
+                logits = policy(state, prompt)
+                logp = transition_log_prob(logits, **move)                                      # (b,)
+                if epoch == 0:
+                    logp_old[t, rows] = logp.detach()                                           # on policy: the ratio is 1
+                share = len(rows) / (B * len(iterations))                                       # Eq. 10 is a mean
+                loss = -share * clipped_objective(logp, logp_old[t, rows], adv[rows], args.clip_low, args.clip_high)
+                kl = torch.zeros((), device=device)
+                if reference:
+                    with torch.no_grad():
+                        logp_ref = transition_log_prob(reference(state, prompt), **move)
+                    kl = kl_k3(logp, logp_ref)
+                    loss = loss + share * args.kl_beta * kl
+                loss.backward()
+                stats.append(move_stats(logp, logp_old[t, rows], logits, order == t, kl, args))
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            all_sum(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
+        if norm.isfinite():
+            optimizer.step()
+        n_skipped += int(not norm.isfinite())                                                   # the same on all processes
+        optimizer.zero_grad(set_to_none=True)
+    stats = torch.stack(stats) if stats else torch.zeros(1, 8, device=device)                   # (passes, 8)
+    n, ratio, off, clipped, kl, entropy, n_new = all_sum(stats[:, :7].sum(0)).clamp(min=1e-9).tolist()
+    return {"grad_norm": norm.item(), "skipped": n_skipped, "ratio_mean": ratio / n, "ratio_max": all_cat(stats[:, 7].amax()[None]).amax().item(),
+            "approx_kl": off / n, "clip_fraction": clipped / n, "kl_ref": kl / n, "entropy": entropy / n_new}
+
+
+@torch.no_grad()
+def move_stats(logp, logp_old, logits, new, kl, args):
+    """Sums over the rows of one pass: rows, ratio, k3 of the old against the new policy, clipped, KL to the reference,
+    entropy at the newly unmasked positions, how many of these; and the largest ratio."""
+    ratio = (logp - logp_old).exp()
+    p = torch.log_softmax(logits[new].float(), -1)
+    sums = [torch.tensor(float(len(logp))), ratio.sum(), (ratio - 1 - ratio.log()).sum(),
+            ((ratio < args.clip_low) | (ratio > args.clip_high)).sum(), kl * len(logp), -(p.exp() * p).sum(), new.sum(), ratio.amax()]
+    return torch.stack([x.float().to(logp.device) for x in sums])
+
+
+# --------------------------------------------------------------------------------- evaluation and checkpoints
+
+def judge(lines, images, reward) -> dict:
+    """Values of pictures, Float[B] each: with GenEval metadata the official verdict ("overall"), exact, objects; else the reward."""
+    if "include" not in lines[0]:
+        return {"overall": reward(images, [line.get("reward_prompt", line["prompt"]) for line in lines])}
+    out = {name: [] for name in ("overall", "exact", "objects", "objects_asked")}
+    for line, (raw, colours) in zip(lines, shapes.detect(images)):
+        out["overall"].append(score(filter_detections(raw, line["tag"]), line, colours)[0])
+        out["exact"].append(exact_score(raw, line, colours))
+        out["objects"].append(sum(map(len, filter_detections(raw, "").values())))
+        out["objects_asked"].append(sum(clause["count"] for clause in line["include"]))
+    return {name: torch.tensor(values, dtype=torch.float) for name, values in out.items()}
+
+
+def evaluate(step, lines, args, showo, magvit, reward) -> dict:
+    """Draw --eval-n pictures of every evaluation prompt at evaluation settings, the same noise each time -> eval.jsonl's row.
+
+    Prompts are shared out over the processes. overall and exact are means over tags, each the share of right pictures."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = list(range(rank, len(lines), world))
+    pictures = generate(showo, magvit, [lines[i]["prompt"] for i in mine], n=args.eval_n, T=args.eval_unmask_steps,
+                        guidance=args.eval_guidance, seeds=mine, batch=args.micro_batch)
+    values = judge([lines[i] for i in mine for _ in range(args.eval_n)], pictures, reward)
+    for name in values:                                                                  # -> (prompts), the mean of each
+        values[name], local = torch.zeros(len(lines), device=showo.device), values[name]
+        values[name][mine] = local.reshape(len(mine), -1).mean(1).to(showo.device)
+        all_sum(values[name])
+    tags = {}
+    for i, line in enumerate(lines):
+        tags.setdefault(line.get("tag"), []).append(i)
+    mean = lambda name, rows: values[name][rows].mean().item()  # noqa: E731
+    over_tags = lambda name: sum(mean(name, rows) for rows in tags.values()) / len(tags)  # noqa: E731
+    row = {"step": step, "overall": over_tags("overall"), **{tag: mean("overall", rows) for tag, rows in tags.items() if tag}}
+    if "exact" in values:
+        everything = list(range(len(lines)))
+        row |= {"exact": over_tags("exact"), **{name: mean(name, everything) for name in ("objects", "objects_asked")}}
+    return row
+
+
+def before_and_after(folder, steps):
+    """The first grid above the last one, in before_after.png."""
+    first, last = (Image.open(folder / f"step-{step:06d}.png") for step in (0, steps))
+    sheet = Image.new("RGB", (first.width, first.height + last.height + 8), "black")
+    sheet.paste(first, (0, 0))
+    sheet.paste(last, (0, first.height + 8))
+    sheet.save(folder / "before_after.png")
+
+
+def picture_grid(path, lines, args, showo, magvit, reward):
+    """Fixed evaluation prompts at evaluation settings, prompt and score under each picture."""
+    pictures = generate(showo, magvit, [line["prompt"] for line in lines], T=args.eval_unmask_steps,
+                        guidance=args.eval_guidance, seeds=list(range(len(lines))), batch=args.micro_batch)
+    values = judge(lines, pictures, reward)["overall"].tolist()
+    path.parent.mkdir(exist_ok=True)
+    grid(pictures, [f"{line['prompt']} | {v:.3g}" for line, v in zip(lines, values)], min(6, len(lines))).save(path)
+
+
+def save_checkpoint(folder, step, showo, optimizer, sample_filter, args):
+    """Show-o's layout + trainer.pt, written aside and renamed when complete."""
+    aside = folder.with_name("." + folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    showo.save(aside)
+    torch.save({"step": step, "args": vars(args), "optimizer": optimizer.state_dict(),
+                "filter": sample_filter.state_dict() if sample_filter else {"history": []}}, aside / "trainer.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def checkpoint_to_resume(args):
+    """--resume -> (folder, trainer state). Raises InputError when there is none, or it belongs to another kind of run."""
+    folder = Path(args.resume)
+    if args.resume == "auto":
+        found = [f for f in Path(args.out).glob("checkpoint-*") if (f / "trainer.pt").exists()]
+        if not found:
+            raise InputError(f"--resume: no checkpoint in {args.out}")
+        folder = max(found, key=lambda f: int(f.name.split("-")[1]))
+    try:
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"--resume {folder}: trainer.pt cannot be read ({str(error).splitlines()[0][:150]})") from None
+    for name in ("model", "group_size", "prompts_per_step", "unmask_steps", "transition", "inner_epochs", "no_kl", "seed"):
+        if state["args"][name] != getattr(args, name):
+            raise InputError(f"--resume {folder}: that run has --{name.replace('_', '-')} {state['args'][name]}, not "
+                             f"{getattr(args, name)}; give the same value, or start a new run in another --out")
+    return folder, state
+
+
+def output_folder(args, rank) -> Path:
+    """--out, or a new folder under runs/; refuses one that holds another run unless that run is resumed."""
+    if args.resume and args.resume != "auto":
+        out = Path(args.out or Path(args.resume).resolve().parent)
+    elif args.out:
+        out = Path(args.out)
+    else:
+        name = [f"{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        if dist.is_initialized():
+            dist.broadcast_object_list(name)
+        out = Path("runs") / name[0]
+    if not args.resume and (out / "metrics.jsonl").exists():
+        raise InputError(f"--out {out}: holds another run; continue it with --resume or choose another folder")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------- log
+
+class Clock(dict):
+    """Seconds by part: with clock("rollout"): ..."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    @contextlib.contextmanager
+    def __call__(self, part):
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self[part] = self.get(part, 0.0) + time.perf_counter() - start
+
+
+def peak_gib(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+class Log:
+    """metrics.jsonl, eval.jsonl, one line a step on the screen; only the first process writes."""
+
+    def __init__(self, out, args, rank, start_step):
+        self.out, self.args, self.on, self.begun, self.start = out, args, rank == 0, time.time(), start_step
+        self.wandb = None
+        if self.on:
+            for name in ("metrics.jsonl", "eval.jsonl"):    # a resumed run computes the rows after its checkpoint again
+                kept = [row for row in read_rows(out / name) if row["step"] <= start_step]
+                (out / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
+            if args.wandb:
+                import wandb
+                self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args))
+
+    def __call__(self, name, row):
+        if self.on:
+            with open(self.out / name, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if self.wandb:
+                self.wandb.log({f"{name.split('.')[0]}/{k}": v for k, v in row.items()}, step=row["step"])
+
+    def say(self, *words):
+        if self.on:
+            print(*words, flush=True)
+
+    def step(self, row):
+        self("metrics.jsonl", row)
+        done, steps = row["step"], self.args.steps
+        left = (time.time() - self.begun) / max(done - self.start, 1) * (steps - done)
+        bar = "#" * (20 * done // steps)
+        self.say(f"{done:5d}/{steps} [{bar:<20}] {left // 60:.0f}:{left % 60:02.0f} left | reward {row['reward_mean']:.3f} "
+                 f"zero-adv {row['adv_zero']:.2f} ratio {row['ratio_mean']:.3f} kl {row['approx_kl']:.1e} clip {row['clip_fraction']:.2f} "
+                 f"grad {row['grad_norm']:.2f} entropy {row['entropy']:.2f} lr {row['lr']:.1e} | {row['images_per_s']:.1f} img/s")
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def closing_table(out, say):
+    rows = read_rows(out / "eval.jsonl")
+    if len(rows) > 1:
+        say(f"\n{'':<16}{'before':>8} -> {'after':<8}  (steps {rows[0]['step']} and {rows[-1]['step']})")
+        for name in (key for key in rows[0] if key != "step"):
+            say(f"{name:<16}{rows[0][name]:8.3f} -> {rows[-1][name]:<8.3f}")
+
+
+# --------------------------------------------------------------------------------------------------- main
+
+def main():
+    args = parse_args()
+    rank, world, device = setup()
+    folder, resumed = checkpoint_to_resume(args) if args.resume else (args.model, None)
+    start = resumed["step"] if resumed else 0
+    tiny = args.model == "shapes"
+
+    # prompts, reward: everything that can be wrong in them is found before a model is loaded
+    here = Path(__file__).parent
+    lines = (read_prompts(args.prompts) if args.prompts else shapes.prompts("train") if tiny else read_prompts(here / "prompts/train.txt"))
+    eval_lines = (read_prompts(args.eval_prompts) if args.eval_prompts else shapes.prompts("eval") if tiny
+                  else read_prompts(here / "prompts/eval.txt"))
+    shown = eval_lines[::max(1, len(eval_lines) // 12)][:12]
+    out = output_folder(args, rank)
+    reward = make_reward(args.reward, device=device, detector=shapes.detect if tiny else None)
+
+    # the policy: logits of every position, closed over its prompts
+    base = shapes.FOLDER if tiny else args.model
+    showo = load_showo(base if folder == args.model else folder, tokenizer=args.tokenizer, device=device)
+    magvit = load_magvit(args.vq or (shapes.FOLDER / "magvitv2" if tiny else "showlab/magvitv2"), device=device)
+    half = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
+
+    def policy_of(model):
+        def policy(codes, prompt):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                return model.logits(codes, prompt)
+        return policy
+
+    reference = None
+    if not args.no_kl:
+        reference = policy_of(load_showo(base, tokenizer=args.tokenizer, device=device).requires_grad_(False))
+    params = list(showo.parameters())
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    sample_filter = SampleFilter(args.filter_percentile, args.filter_warmup) if args.filter_low else None
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        if sample_filter:
+            sample_filter.load_state_dict(resumed["filter"])
+
+    log = Log(out, args, rank, start)
+    per_step = args.prompts_per_step * world
+    log.say(f"{args.model}: {sum(p.numel() for p in params) / 1e6:.1f}M parameters, N {showo.N}, K {showo.K}, on {world} x {device.type}, "
+            f"{'bf16' if half else 'fp32'}; {len(lines)} prompts, reward {args.reward}; output in {out}\n"
+            f"one step: {per_step} prompts x {args.group_size} = {per_step * args.group_size} pictures, x "
+            f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations = "
+            f"{per_step * args.group_size * len(loss_iterations(0, args))} trajectory steps, over all processes\n"
+            f"{' '.join(f'--{k.replace(chr(95), chr(45))} {v}' for k, v in vars(args).items() if v not in (None, False))}")
+
+    def watch(step):
+        """Evaluate, draw and save when it is time; always at the start of a run and at its end."""
+        last = step == args.steps
+        due = lambda every: every and (step % every == 0 or last)  # noqa: E731
+        if due(args.eval_every):
+            with clock("eval"):
+                row = evaluate(step, eval_lines, args, showo, magvit, reward)
+            log("eval.jsonl", row)
+            log.say("eval " + " ".join(f"{k} {v:.3f}" if k != "step" else f"{k} {v}" for k, v in row.items()))
+        if due(args.sample_every) and rank == 0:
+            picture_grid(out / "samples" / f"step-{step:06d}.png", shown, args, showo, magvit, reward)
+        if step > start and (due(args.save_every) or last) and rank == 0:
+            save_checkpoint(out / f"checkpoint-{step}", step, showo, optimizer, sample_filter, args)
+
+    total = Clock(device)
+    clock = total
+    if not resumed:
+        watch(0)
+    for step in range(start, args.steps):
+        clock = Clock(device)
+        with clock("step"):
+            order = torch.randperm(len(lines), generator=generator("cpu", args.seed, "prompts", step * per_step // len(lines))).tolist()
+            first = step * per_step + rank * args.prompts_per_step
+            chosen = [lines[order[(first + i) % len(lines)]] for i in range(args.prompts_per_step)]
+            batch = collect(step, chosen, args, showo, magvit, reward, sample_filter, policy_of(showo), clock)
+            lr = args.lr * min(1, (step + 1) / max(args.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with clock("update"):
+                numbers = update(step, batch, args, policy_of(showo), reference, params, optimizer, showo.K)
+        rewards = all_cat(batch.rewards.to(device))                                             # (P of all processes, G)
+        parts = {name: all_cat(part.to(device)).mean().item() for name, part in batch.log.items()}
+        log.step({"step": step + 1, "reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
+                  "adv_zero": (group_advantages(rewards) == 0).float().mean().item(),
+                  "resampled": all_sum(torch.tensor(batch.resampled, device=device)).item(), **parts, **numbers, "lr": lr,
+                  "images_per_s": rewards.numel() / clock["step"], **{f"s_{k}": v for k, v in clock.items()},
+                  "peak_gib": peak_gib(device)})
+        for part, seconds in clock.items():
+            total[part] = total.get(part, 0.0) + seconds
+        clock = total
+        watch(step + 1)
+
+    if rank == 0 and args.sample_every:
+        before_and_after(out / "samples", args.steps)
+    done = max(args.steps - start, 1)
+    closing_table(out, log.say)
+    log.say("\nseconds per step: " + ", ".join(f"{k} {v / done:.2f}" for k, v in total.items() if k != "eval")
+            + f"; all evaluations {total.get('eval', 0):.0f} s; peak memory {peak_gib(device):.2f} GiB; {out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
