@@ -168,6 +168,18 @@ def exact_score(raw: dict, metadata: dict, colours: dict) -> bool:
     return there == asked and strict_score(filter_detections(raw, metadata["tag"]), metadata, colours)[0]
 
 
+def verdicts(lines: list[dict], found: list) -> dict:
+    """GenEval lines and a detector's (detections, colours) of as many pictures -> Float[B] each: "overall" (the official
+    verdict), "exact", "objects" (boxes over 0.3 in the picture) and "objects_asked"."""
+    out = {"overall": [], "exact": [], "objects": [], "objects_asked": []}
+    for line, (raw, colours) in zip(lines, found):
+        out["overall"].append(score(filter_detections(raw, line["tag"]), line, colours)[0])
+        out["exact"].append(exact_score(raw, line, colours))
+        out["objects"].append(sum(map(len, filter_detections(raw, "").values())))
+        out["objects_asked"].append(sum(clause["count"] for clause in line["include"]))
+    return {name: torch.tensor(values, dtype=torch.float) for name, values in out.items()}
+
+
 def summary(rows: list[dict]) -> str:
     """The official summary text of results rows (tag, correct, metadata): shares of pictures and prompts, then per tag."""
     by_tag, by_prompt = {}, {}

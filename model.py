@@ -8,10 +8,12 @@ Everything outside this file speaks codes: Long[B, N] with values 0..K-1, and K 
     logits = showo.logits(torch.full((1, showo.N), showo.K, device="cuda"), prompt)     # [1, N, K]
 
 Departures from Show-o's own code: a prompt that spells a special token ("<|soi|>", "[PAD]") is plain text, never a
-control token; columns that are padding in every row are not computed (rotary positions are kept, so this is exact).
+control token; the text part is computed once per prompt (it never sees the image), and columns that are padding in every
+prompt not at all (rotary embeddings are relative, so both are exact).
 """
 import argparse
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,21 +50,38 @@ class InputError(ValueError):
 
 # ------------------------------------------------------------------------------------------------ Show-o
 
+class TextCache:
+    """Keys and values of the text part, (P, heads, text, d) per layer, in the place of transformers' cache: the first pass
+    records them, later ones prepend them to the image's, for batch rows that share P prompts."""
+
+    def __init__(self):
+        self.layers, self.row = [], None
+
+    def update(self, key, value, layer, *_, **__):
+        if len(self.layers) == layer:
+            self.layers.append((key, value))
+            return key, value
+        text_key, text_value = self.layers[layer]
+        return torch.cat([text_key[self.row], key], 2), torch.cat([text_value[self.row], value], 2)
+
+
 @dataclass
 class Prompt:
-    """Encoded prompts: ids Long[B, max_text_len + 1], left-padded; real Bool of the same shape, False on padding."""
-    ids: torch.Tensor
-    real: torch.Tensor
+    """P encoded prompts and B rows that use them: what logits() takes beside codes [B, N]."""
+    ids: torch.Tensor                   # Long (P, max_text_len + 1), left-padded
+    real: torch.Tensor                  # Bool (P, max_text_len + 1), False on padding
+    row: torch.Tensor                   # Long (B,), the prompt of every row
+    cache: TextCache | None = None      # of Showo.prefill, while weights stay as they are
 
     def __len__(self):
-        return len(self.ids)
+        return len(self.row)
 
     def __getitem__(self, rows):
-        return Prompt(self.ids[rows], self.real[rows])
+        return Prompt(self.ids, self.real, self.row[rows], self.cache)
 
     def repeat(self, G: int) -> "Prompt":
-        """Each prompt G times in a row: the rows of a group stand side by side."""
-        return Prompt(self.ids.repeat_interleave(G, 0), self.real.repeat_interleave(G, 0))
+        """Every row G times: the rows of a group stand together."""
+        return Prompt(self.ids, self.real, self.row.repeat_interleave(G), self.cache)
 
 
 class Showo(nn.Module):
@@ -84,6 +103,7 @@ class Showo(nn.Module):
         phi = {**PHI_1_5, **phi, "vocab_size": config["vocab_size"], "qk_layernorm": True, "tie_word_embeddings": False}
         self.phi_config = PhiConfig.from_dict(phi)
         self.showo = PhiForCausalLM._from_config(self.phi_config, attn_implementation="sdpa")
+        self.compute_dtype = None  # torch.bfloat16: matrix products in half precision, weights as they are
 
     @property
     def device(self):
@@ -99,38 +119,48 @@ class Showo(nn.Module):
                 text = text[:max_text_len] + [eos]
             row[len(row) - len(text):] = torch.tensor(text)
         ids = ids.to(self.device)
-        return Prompt(ids, ids != self.pad)
+        return Prompt(ids, ids != self.pad, torch.arange(len(ids), device=self.device))
 
-    def sequence(self, codes, prompt: Prompt):
-        """codes Long[B, N] (K = masked) -> ids Long[B, L] = text <|soi|> image <|eoi|>, attend Bool[B, L, L] (query, key).
-
-        Text is causal; soi..eoi see each other both ways and all real text; nobody sees padding (a padding row sees
-        only itself, so that its softmax is defined)."""
-        B, N = codes.shape
-        column = codes.new_full((B, 1), 1)
-        ids = torch.cat([prompt.ids, column * self.soi, codes + self.code_offset, column * self.eoi], 1)      # (B, L)
-        i = torch.arange(ids.shape[1], device=ids.device)
-        allowed = (i[:, None] >= i[None]) | (i[:, None] >= prompt.ids.shape[1])                               # (L, L)
-        real = F.pad(prompt.real, (0, N + 2), value=True)                                                     # (B, L)
-        return ids, (allowed & real[:, None]) | (i[:, None] == i[None])
+    def prefill(self, prompt: Prompt) -> Prompt:
+        """The text part, which is causal and never sees the image: its keys and values, once per prompt, for many logits()."""
+        with self._autocast():
+            pads = int((~prompt.real).sum(1).min())  # columns that are padding in every prompt
+            ids, real = prompt.ids[:, pads:], prompt.real[:, pads:]
+            i = torch.arange(ids.shape[1], device=ids.device)
+            attend = (i[:, None] >= i[None]) & real[:, None] | (i[:, None] == i[None])  # (P, text, text); padding sees itself
+            cache = TextCache()
+            self.showo.model(input_ids=ids, attention_mask=attend[:, None], position_ids=i[None], past_key_values=cache)
+            return Prompt(ids, real, prompt.row, cache)
 
     def logits(self, codes, prompt: Prompt, *, guidance: float = 0.0):
-        """codes Long[B, N], prompt of B rows -> Float32[B, N, K]; the logits at a position predict that position.
+        """codes Long[B, N] (K = masked), prompt of B rows -> Float32[B, N, K]; logits at a position predict that position.
 
-        guidance g > 0: (1 + g) * conditional - g * unconditional, the latter with the empty prompt."""
+        <|soi|>, image tokens and <|eoi|> see each other both ways and all real text. guidance g > 0: (1 + g) * conditional
+        - g * unconditional, the latter with the empty prompt. Raises ValueError when the numbers of rows differ."""
+        B, N = codes.shape
+        if len(prompt) != B:
+            raise ValueError(f"logits: {B} rows of codes, {len(prompt)} rows of prompts")
         if guidance:
-            empty = self.encode([""], prompt.ids.shape[1] - 1).repeat(len(prompt))
-            both = Prompt(torch.cat([prompt.ids, empty.ids]), torch.cat([prompt.real, empty.real]))
-            cond, uncond = self.logits(torch.cat([codes, codes]), both).chunk(2)
+            cond = self.logits(codes, prompt)
+            uncond = self.logits(codes, self.encode([""]).repeat(B))
             return (1 + guidance) * cond - guidance * uncond
-        pads = int((~prompt.real).sum(1).min())  # columns that are padding in every row
-        ids, attend = self.sequence(codes, Prompt(prompt.ids[:, pads:], prompt.real[:, pads:]))
-        position = torch.arange(pads, pads + ids.shape[1], device=ids.device)[None]
-        hidden = self.showo.model(input_ids=ids, attention_mask=attend[:, None], position_ids=position,
-                                  use_cache=False).last_hidden_state
-        columns = slice(self.code_offset, self.code_offset + self.K)
-        head = self.showo.lm_head
-        return F.linear(hidden[:, -codes.shape[1] - 1:-1], head.weight[columns], head.bias[columns]).float()
+        if prompt.cache is None:
+            used, row = prompt.row.unique(return_inverse=True)
+            prompt = self.prefill(Prompt(prompt.ids[used], prompt.real[used], row))
+        prompt.cache.row = prompt.row
+        column = codes.new_ones(B, 1)
+        ids = torch.cat([column * self.soi, codes + self.code_offset, column * self.eoi], 1)               # (B, N + 2)
+        attend = F.pad(prompt.real[prompt.row], (0, N + 2), value=True)[:, None, None].expand(-1, -1, N + 2, -1)
+        text = prompt.ids.shape[1]
+        position = torch.arange(text, text + N + 2, device=codes.device)
+        head, columns = self.showo.lm_head, slice(self.code_offset, self.code_offset + self.K)
+        with self._autocast():
+            hidden = self.showo.model(input_ids=ids, attention_mask=attend, past_key_values=prompt.cache,
+                                      position_ids=position[None]).last_hidden_state
+            return F.linear(hidden[:, 1:-1], head.weight[columns], head.bias[columns]).float()
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)
 
     def save(self, folder):
         """Write Show-o's layout: config.json, pytorch_model.safetensors, phi_config.json, tokenizer files."""
@@ -320,12 +350,13 @@ class MAGVITv2(nn.Module):
         z = self.quantize.embedding[codes].unflatten(1, (h, w)).permute(0, 3, 1, 2)
         return self.decoder(z.contiguous())
 
-    def save(self, folder):
-        """Write config.json and model.safetensors."""
+    def save(self, folder, dtype=torch.float32):
+        """Write config.json and model.safetensors, floating-point weights as dtype."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"_class_name": "MAGVITv2", **self.config}, indent=2) + "\n")
-        save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in self.state_dict().items()},
+                  folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
@@ -334,7 +365,8 @@ def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
     config = _read_json(path / "config.json")
     with torch.device("meta"):
         model = MAGVITv2(**{k: config[k] for k in ("encoder", "decoder") if k in config})
-    _load_strict(model, {k: v.to(device) for k, v in read_weights(path).items()}, path)
+    _load_strict(model, {k: v.to(device, torch.float32) if v.is_floating_point() else v.to(device)
+                         for k, v in read_weights(path).items()}, path)
     return model.eval().requires_grad_(False)
 
 
@@ -439,5 +471,6 @@ def run(main):
     try:
         main()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

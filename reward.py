@@ -100,22 +100,19 @@ def clip_reward(name, device):
 
 def geneval_reward(rule, detector):
     """GenEval's rules as a reward: exact and strict are 0 or 1, partial is a mean of terms; logs objects per picture."""
-    from eval_geneval import exact_score, filter_detections, strict_score  # late: its command line draws with all the rest
+    from eval_geneval import filter_detections, strict_score, verdicts  # late: its command line draws with all the rest
     if rule not in ("exact", "strict", "partial"):
         raise InputError(f"--reward geneval:{rule}: the rule must be exact, strict or partial")
     if detector is None:
         raise InputError("--reward geneval: no detector for this model; it works with --model shapes")
 
     def score(images, prompts, metadata):
-        if metadata is None or any("include" not in (line or {}) for line in metadata):
+        if metadata is None or any("include" not in line or "tag" not in line for line in metadata):
             raise InputError("--reward geneval: every prompt needs GenEval metadata (tag, include) in the prompt file")
-        values, objects = [], []
-        for (raw, colours), line in zip(detector(images), metadata):
-            kept = filter_detections(raw, line["tag"])
-            values.append(float(exact_score(raw, line, colours)) if rule == "exact" else
-                          float(strict_score(kept, line, colours)[0 if rule == "strict" else 2]))
-            objects.append(sum(map(len, filter_detections(raw, "").values())))
-        asked = [sum(clause["count"] for clause in line["include"]) for line in metadata]
-        return torch.tensor(values), {"objects": torch.tensor(objects, dtype=torch.float),
-                                      "objects_asked": torch.tensor(asked, dtype=torch.float)}
+        found = detector(images)
+        log = verdicts(metadata, found)
+        values = log["exact"] if rule == "exact" else torch.tensor(
+            [strict_score(filter_detections(raw, line["tag"]), line, colours)[0 if rule == "strict" else 2]
+             for (raw, colours), line in zip(found, metadata)], dtype=torch.float)
+        return values, {name: log[name] for name in ("objects", "objects_asked")}
     return score

@@ -181,13 +181,14 @@ def drawer(args):
     tokenizer = args.tokenizer or ("shapes" if tiny else None)
     showo = load_showo(args.ckpt or args.model, tokenizer=tokenizer, device=args.device)
     magvit = load_magvit(args.vq or ("shapes/magvitv2" if tiny else "showlab/magvitv2"), device=args.device)
-    half = args.dtype == "bf16" or (args.dtype == "auto" and showo.device.type == "cuda")
+    showo.compute_dtype = compute_dtype(args.dtype, showo.device)
+    how = dict(T=steps, guidance=cfg, batch=batch, schedule=args.schedule, annealing=args.annealing, temperature=args.temperature)
+    return lambda prompts, n, seeds: generate(showo, magvit, prompts, n=n, seeds=seeds, **how)
 
-    def draw(prompts, n, seeds):
-        with torch.autocast(showo.device.type, torch.bfloat16, enabled=half):
-            return generate(showo, magvit, prompts, n=n, T=steps, guidance=cfg, seeds=seeds, batch=batch, schedule=args.schedule,
-                            annealing=args.annealing, temperature=args.temperature)
-    return draw
+
+def compute_dtype(name, device):
+    """--dtype -> torch.bfloat16, or None for float32; auto: bf16 on a GPU."""
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and torch.device(device).type == "cuda") else None
 
 
 @torch.no_grad()
@@ -198,7 +199,7 @@ def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, bat
     pictures, per = [], max(1, batch // n)
     for i in range(0, len(prompts), per):
         chunk = prompts[i:i + per]
-        prompt = showo.encode(chunk).repeat(n)
+        prompt = showo.prefill(showo.encode(chunk)).repeat(n)
         generators = [torch.Generator(showo.device).manual_seed(seeds[i + k] if seeds else i + k) for k in range(len(chunk))]
         codes = rollout(lambda codes: showo.logits(codes, prompt, guidance=guidance), len(prompt), showo.N, showo.K, T,
                         generator=generators, **how).codes

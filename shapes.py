@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import SPECIALS, MAGVITv2, Parser, Showo, in_range, run
+from model import SPECIALS, MAGVITv2, Parser, Prompt, Showo, in_range, run
 
 FOLDER = Path(__file__).parent / "shapes"
 CELL, GRID, BITS = 8, 4, 8
@@ -227,8 +227,7 @@ def pretrain_base(steps, seed, *, pool=30000, batch=128, lr=1.5e-3, wrong=0.5, h
     model = Showo(config, dict(hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
                                num_attention_heads=hidden // 32, max_position_embeddings=256), tokenizer)
     captions, family, codes = lessons(pool, random.Random(seed))
-    ids = model.encode(captions)
-    empty = model.encode([""])
+    ids, empty = model.encode(captions).ids, model.encode([""]).ids
     members = [(family == f).nonzero()[:, 0] for f in range(len(FAMILIES))]
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.05)
@@ -236,13 +235,12 @@ def pretrain_base(steps, seed, *, pool=30000, batch=128, lr=1.5e-3, wrong=0.5, h
     for step in range(steps):
         row = torch.randint(pool, (batch,))
         other = torch.stack([members[f][torch.randint(len(members[f]), ())] for f in family[row]])
-        prompt = ids[torch.where(torch.rand(batch) < wrong, other, row)]
-        drop = torch.rand(batch, 1) < 0.1
-        prompt.ids, prompt.real = torch.where(drop, empty.ids, prompt.ids), torch.where(drop, empty.real, prompt.real)
+        told = torch.where(torch.rand(batch) < wrong, other, row)
+        text = torch.where(torch.rand(batch, 1) < 0.1, empty, ids[told])
         share = torch.cos(torch.rand(batch, 1) * math.pi / 2)
         rank = torch.rand(batch, N).argsort(1).argsort(1)
         masked = rank < (share * N).round().clamp(min=1)
-        logits = model.logits(torch.where(masked, K, codes[row]), prompt)
+        logits = model.logits(torch.where(masked, K, codes[row]), Prompt(text, text != model.pad, torch.arange(batch)))
         loss = F.cross_entropy(logits[masked], codes[row][masked])
         opt.zero_grad()
         loss.backward()
@@ -268,7 +266,7 @@ def main():
                                                 initializer=torch.set_num_threads, initargs=(1,)) as pool:
         magvit = pool.submit(pretrain_tokenizer, args.tokenizer_steps, args.seed)
         pretrain_base(args.steps, args.seed).save(args.out)
-        magvit.result().save(Path(args.out) / "magvitv2")
+        magvit.result().save(Path(args.out) / "magvitv2", torch.float16)
 
 
 if __name__ == "__main__":

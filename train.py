@@ -13,13 +13,13 @@ Departures from the paper:
 Randomness is a function of (seed, step, prompt slot), so a run is the same on any number of processes, and when resumed.
 """
 import contextlib
+import functools
+import importlib.util
 import json
 import math
 import os
-import pickle
 import random
 import resource
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+import checkpoint
 import shapes
-from eval_geneval import exact_score, filter_detections, score
+from eval_geneval import verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
 from model import InputError, Parser, Prompt, in_range, load_magvit, load_showo, run, to_uint8
 from reward import make_reward
-from sample import Trajectory, generate, grid, read_prompts, rollout, transition_log_prob
+from sample import Trajectory, compute_dtype, generate, grid, read_prompts, rollout, transition_log_prob
 
 PRESETS = {
     "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, eval_unmask_steps=50, eval_guidance=5.0,
@@ -94,6 +95,8 @@ def parse_args():
     args = p.parse_args()
     if args.loss_steps and args.loss_steps > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        p.error("--wandb needs the package: pip install wandb")
     if args.resume == "auto" and not args.out:
         p.error("--resume without a checkpoint needs --out, the folder of the run to continue")
     return args
@@ -132,6 +135,17 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
+def prompt_at(slot, n, seed):
+    """Which of n prompts comes in a slot of the run: a new shuffle every n slots."""
+    epoch, place = divmod(slot, n)
+    return shuffled(n, seed, epoch)[place]
+
+
+@functools.lru_cache(2)
+def shuffled(n, seed, epoch):
+    return torch.randperm(n, generator=generator("cpu", seed, "prompts", epoch)).tolist()
+
+
 # ---------------------------------------------------------------------------------------------- one step
 
 @dataclass
@@ -152,7 +166,7 @@ def empty_batch(lines, showo, args):
     return Batch(showo.encode([line["prompt"] for line in lines]).repeat(G), traj, torch.zeros(P, G), {})
 
 
-def collect(step, lines, args, showo, magvit, reward, sample_filter, policy, clock) -> Batch:
+def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> Batch:
     """Roll out, decode and score the groups of this step; with a filter, groups of low reward std again (Sec. 3.3).
 
     All processes judge all groups against one common history, in lockstep, so they agree on when to stop."""
@@ -162,9 +176,10 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, policy, clo
     for attempt in range(1 + args.max_resample):
         if pending.any():
             chosen, rows = pending.nonzero()[:, 0].tolist(), pending.repeat_interleave(G).nonzero()[:, 0].to(device)
-            prompt, asked = batch.prompt[rows], [lines[i] for i in chosen for _ in range(G)]
-            with clock("rollout"):
-                traj = rollout(lambda codes: policy(codes, prompt), len(rows), showo.N, showo.K, args.unmask_steps,
+            asked = [lines[i] for i in chosen for _ in range(G)]
+            with clock("rollout"), torch.no_grad():
+                prompt = showo.prefill(batch.prompt)[rows]
+                traj = rollout(lambda codes: showo.logits(codes, prompt), len(rows), showo.N, showo.K, args.unmask_steps,
                                generator=[generator(device, args.seed, step, first + i, attempt) for i in chosen],
                                temperature=args.temperature, keep_sampled=args.transition == "ar")
             with clock("decode"), torch.no_grad():
@@ -179,7 +194,7 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, policy, clo
                 (batch.log.setdefault(name, torch.zeros(P, G)) if name else batch.rewards)[pending] = part.reshape(-1, G)
         if sample_filter is None:
             break
-        std = all_cat(torch.where(pending, batch.rewards.std(1), torch.nan))    # NaN: not judged in this attempt
+        std = all_cat(torch.where(pending, batch.rewards.std(1), torch.nan).to(device)).cpu()    # NaN: not judged this time
         rejected = torch.zeros_like(std, dtype=torch.bool)
         rejected[~std.isnan()] = ~sample_filter.keep(std[~std.isnan()])
         if attempt == args.max_resample or not rejected.any():
@@ -197,9 +212,10 @@ def loss_iterations(step, args):
     return list(range(k) if args.loss_steps_from == "first" else range(T - k, T))
 
 
-def update(step, batch, args, policy, reference, params, optimizer, K) -> dict:
+def update(step, batch, args, showo, reference, optimizer) -> dict:
     """Climb Eq. 10 on one batch of rollouts, --inner-epochs times; gradients are those of the mean over the groups of all
-    processes -> numbers for the log. policy, reference: (codes, Prompt) -> logits; reference None = no KL."""
+    processes -> numbers for the log. reference: a frozen Showo, None = no KL."""
+    params = list(showo.parameters())
     iterations, device = loss_iterations(step, args), batch.traj.codes.device
     adv = group_advantages(batch.rewards).flatten().to(device)                                  # (B,)  Eq. 12
     used = torch.arange(len(adv), device=device) if reference else adv.nonzero()[:, 0]          # the rest has no gradient
@@ -208,13 +224,13 @@ def update(step, batch, args, policy, reference, params, optimizer, K) -> dict:
     stats, n_skipped = [], 0
     for epoch in range(args.inner_epochs):
         for t in iterations:
-            for rows in used.split(args.micro_batch):
+            for rows in used.split(args.micro_batch) if len(used) else ():
                 traj = batch.traj
                 codes, order, prompt = traj.codes[rows], traj.order[rows], batch.prompt[rows]
-                state = torch.where(order < t, codes, K)                                        # Y_t
+                state = torch.where(order < t, codes, showo.K)                                  # Y_t
                 move = dict(codes=codes, order=order, t=t, kind=args.transition, threshold=traj.threshold[rows],
                             sampled=None if traj.sampled is None else traj.sampled[:, rows])
-                logits = policy(state, prompt)
+                logits = showo.logits(state, prompt)
                 logp = transition_log_prob(logits, **move)                                      # (b,)
                 if epoch == 0:
                     logp_old[t, rows] = logp.detach()                                           # on policy: the ratio is 1
@@ -223,7 +239,7 @@ def update(step, batch, args, policy, reference, params, optimizer, K) -> dict:
                 kl = torch.zeros((), device=device)
                 if reference:
                     with torch.no_grad():
-                        logp_ref = transition_log_prob(reference(state, prompt), **move)
+                        logp_ref = transition_log_prob(reference.logits(state, prompt), **move)
                     kl = kl_k3(logp, logp_ref)
                     loss = loss + share * args.kl_beta * kl
                 loss.backward()
@@ -237,7 +253,8 @@ def update(step, batch, args, policy, reference, params, optimizer, K) -> dict:
         n_skipped += int(not norm.isfinite())                                                   # the same on all processes
         optimizer.zero_grad(set_to_none=True)
     stats = torch.stack(stats) if stats else torch.zeros(1, 8, device=device)                   # (passes, 8)
-    n, ratio, off, clipped, kl, entropy, n_new = all_sum(stats[:, :7].sum(0)).clamp(min=1e-9).tolist()
+    n, ratio, off, clipped, kl, entropy, n_new = all_sum(stats[:, :7].sum(0)).tolist()
+    n, n_new = max(n, 1), max(n_new, 1)
     return {"grad_norm": norm.item(), "skipped": n_skipped, "ratio_mean": ratio / n, "ratio_max": all_cat(stats[:, 7].amax()[None]).amax().item(),
             "approx_kl": off / n, "clip_fraction": clipped / n, "kl_ref": kl / n, "entropy": entropy / n_new}
 
@@ -253,34 +270,31 @@ def move_stats(logp, logp_old, logits, new, kl, args):
     return torch.stack([x.float().to(logp.device) for x in sums])
 
 
-# --------------------------------------------------------------------------------- evaluation and checkpoints
+# ---------------------------------------------------------------------------------------------- evaluation
 
-def judge(lines, images, reward) -> dict:
-    """Values of pictures, Float[B] each: with GenEval metadata the official verdict ("overall"), exact, objects; else the reward."""
-    if "include" not in lines[0]:
-        return {"overall": reward(images, [line.get("reward_prompt", line["prompt"]) for line in lines])}
-    out = {name: [] for name in ("overall", "exact", "objects", "objects_asked")}
-    for line, (raw, colours) in zip(lines, shapes.detect(images)):
-        out["overall"].append(score(filter_detections(raw, line["tag"]), line, colours)[0])
-        out["exact"].append(exact_score(raw, line, colours))
-        out["objects"].append(sum(map(len, filter_detections(raw, "").values())))
-        out["objects_asked"].append(sum(clause["count"] for clause in line["include"]))
-    return {name: torch.tensor(values, dtype=torch.float) for name, values in out.items()}
+def judge(lines, pictures, reward, detector) -> dict:
+    """Values of pictures, Float[B] each: with a detector GenEval's verdicts(), else the reward as "overall"."""
+    if detector:
+        return verdicts(lines, detector(pictures))
+    return {"overall": reward(pictures, [line.get("reward_prompt", line["prompt"]) for line in lines], lines)}
 
 
-def evaluate(step, lines, args, showo, magvit, reward) -> dict:
+def evaluate(step, lines, args, showo, magvit, reward, detector) -> dict:
     """Draw --eval-n pictures of every evaluation prompt at evaluation settings, the same noise each time -> eval.jsonl's row.
 
     Prompts are shared out over the processes. overall and exact are means over tags, each the share of right pictures."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = list(range(rank, len(lines), world))
+    mine = list(range(rank, len(lines), world)) or [0]          # more processes than prompts: some draw the first one too
+    times = torch.zeros(len(lines), device=showo.device)
+    times[mine] = 1
+    all_sum(times)
     pictures = generate(showo, magvit, [lines[i]["prompt"] for i in mine], n=args.eval_n, T=args.eval_unmask_steps,
                         guidance=args.eval_guidance, seeds=mine, batch=args.micro_batch)
-    values = judge([lines[i] for i in mine for _ in range(args.eval_n)], pictures, reward)
+    values = judge([lines[i] for i in mine for _ in range(args.eval_n)], pictures, reward, detector)
     for name in values:                                                                  # -> (prompts), the mean of each
-        values[name], local = torch.zeros(len(lines), device=showo.device), values[name]
+        values[name], local = torch.zeros_like(times), values[name]
         values[name][mine] = local.reshape(len(mine), -1).mean(1).to(showo.device)
-        all_sum(values[name])
+        values[name] = all_sum(values[name]) / times
     tags = {}
     for i, line in enumerate(lines):
         tags.setdefault(line.get("tag"), []).append(i)
@@ -293,70 +307,22 @@ def evaluate(step, lines, args, showo, magvit, reward) -> dict:
     return row
 
 
-def before_and_after(folder, steps):
+def before_and_after(folder):
     """The first grid above the last one, in before_after.png."""
-    first, last = (Image.open(folder / f"step-{step:06d}.png") for step in (0, steps))
+    first, last = Image.open(folder / "step-000000.png"), Image.open(max(folder.glob("step-*.png")))
     sheet = Image.new("RGB", (first.width, first.height + last.height + 8), "black")
     sheet.paste(first, (0, 0))
     sheet.paste(last, (0, first.height + 8))
     sheet.save(folder / "before_after.png")
 
 
-def picture_grid(path, lines, args, showo, magvit, reward):
+def picture_grid(path, lines, args, showo, magvit, reward, detector):
     """Fixed evaluation prompts at evaluation settings, prompt and score under each picture."""
     pictures = generate(showo, magvit, [line["prompt"] for line in lines], T=args.eval_unmask_steps,
                         guidance=args.eval_guidance, seeds=list(range(len(lines))), batch=args.micro_batch)
-    values = judge(lines, pictures, reward)["overall"].tolist()
+    values = judge(lines, pictures, reward, detector)["overall"].tolist()
     path.parent.mkdir(exist_ok=True)
     grid(pictures, [f"{line['prompt']} | {v:.3g}" for line, v in zip(lines, values)], min(6, len(lines))).save(path)
-
-
-def save_checkpoint(folder, step, showo, optimizer, sample_filter, args):
-    """Show-o's layout + trainer.pt, written aside and renamed when complete."""
-    aside = folder.with_name("." + folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    showo.save(aside)
-    torch.save({"step": step, "args": vars(args), "optimizer": optimizer.state_dict(),
-                "filter": sample_filter.state_dict() if sample_filter else {"history": []}}, aside / "trainer.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-
-
-def checkpoint_to_resume(args):
-    """--resume -> (folder, trainer state). Raises InputError when there is none, or it belongs to another kind of run."""
-    folder = Path(args.resume)
-    if args.resume == "auto":
-        found = [f for f in Path(args.out).glob("checkpoint-*") if (f / "trainer.pt").exists()]
-        if not found:
-            raise InputError(f"--resume: no checkpoint in {args.out}")
-        folder = max(found, key=lambda f: int(f.name.split("-")[1]))
-    try:
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"--resume {folder}: trainer.pt cannot be read ({str(error).splitlines()[0][:150]})") from None
-    for name in ("model", "group_size", "prompts_per_step", "unmask_steps", "transition", "inner_epochs", "no_kl", "seed"):
-        if state["args"][name] != getattr(args, name):
-            raise InputError(f"--resume {folder}: that run has --{name.replace('_', '-')} {state['args'][name]}, not "
-                             f"{getattr(args, name)}; give the same value, or start a new run in another --out")
-    return folder, state
-
-
-def output_folder(args, rank) -> Path:
-    """--out, or a new folder under runs/; refuses one that holds another run unless that run is resumed."""
-    if args.resume and args.resume != "auto":
-        out = Path(args.out or Path(args.resume).resolve().parent)
-    elif args.out:
-        out = Path(args.out)
-    else:
-        name = [f"{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"]
-        if dist.is_initialized():
-            dist.broadcast_object_list(name)
-        out = Path("runs") / name[0]
-    if not args.resume and (out / "metrics.jsonl").exists():
-        raise InputError(f"--out {out}: holds another run; continue it with --resume or choose another folder")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------- log
@@ -390,9 +356,7 @@ class Log:
         self.out, self.args, self.on, self.begun, self.start = out, args, rank == 0, time.time(), start_step
         self.wandb = None
         if self.on:
-            for name in ("metrics.jsonl", "eval.jsonl"):    # a resumed run computes the rows after its checkpoint again
-                kept = [row for row in read_rows(out / name) if row["step"] <= start_step]
-                (out / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
+            checkpoint.rewind(out, start_step)
             if args.wandb:
                 import wandb
                 self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args))
@@ -418,12 +382,8 @@ class Log:
                  f"grad {row['grad_norm']:.2f} entropy {row['entropy']:.2f} lr {row['lr']:.1e} | {row['images_per_s']:.1f} img/s")
 
 
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def closing_table(out, say):
-    rows = read_rows(out / "eval.jsonl")
+    rows = checkpoint.read_rows(out / "eval.jsonl")
     if len(rows) > 1:
         say(f"\n{'':<16}{'before':>8} -> {'after':<8}  (steps {rows[0]['step']} and {rows[-1]['step']})")
         for name in (key for key in rows[0] if key != "step"):
@@ -435,7 +395,7 @@ def closing_table(out, say):
 def main():
     args = parse_args()
     rank, world, device = setup()
-    folder, resumed = checkpoint_to_resume(args) if args.resume else (args.model, None)
+    folder, resumed = checkpoint.find(args) if args.resume else (args.model, None)
     start = resumed["step"] if resumed else 0
     tiny = args.model == "shapes"
 
@@ -445,24 +405,21 @@ def main():
     eval_lines = (read_prompts(args.eval_prompts) if args.eval_prompts else shapes.prompts("eval") if tiny
                   else read_prompts(here / "prompts/eval.txt"))
     shown = eval_lines[::max(1, len(eval_lines) // 12)][:12]
-    out = output_folder(args, rank)
-    reward = make_reward(args.reward, device=device, detector=shapes.detect if tiny else None)
+    out = checkpoint.output_folder(args, rank)
+    detector = shapes.detect if tiny else None
+    if detector and any("include" not in line or "tag" not in line for line in eval_lines):
+        raise InputError(f"--eval-prompts {args.eval_prompts}: shapes is scored by GenEval metadata (tag, include), which some lines lack")
+    reward = make_reward(args.reward, device=device, detector=detector)
 
     # the policy: logits of every position, closed over its prompts
     base = shapes.FOLDER if tiny else args.model
     showo = load_showo(base if folder == args.model else folder, tokenizer=args.tokenizer, device=device)
     magvit = load_magvit(args.vq or (shapes.FOLDER / "magvitv2" if tiny else "showlab/magvitv2"), device=device)
-    half = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
-
-    def policy_of(model):
-        def policy(codes, prompt):
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                return model.logits(codes, prompt)
-        return policy
-
+    showo.compute_dtype = compute_dtype(args.dtype, device)
     reference = None
     if not args.no_kl:
-        reference = policy_of(load_showo(base, tokenizer=args.tokenizer, device=device).requires_grad_(False))
+        reference = load_showo(base, tokenizer=args.tokenizer, device=device).requires_grad_(False)
+        reference.compute_dtype = showo.compute_dtype
     params = list(showo.parameters())
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     sample_filter = SampleFilter(args.filter_percentile, args.filter_warmup) if args.filter_low else None
@@ -474,7 +431,7 @@ def main():
     log = Log(out, args, rank, start)
     per_step = args.prompts_per_step * world
     log.say(f"{args.model}: {sum(p.numel() for p in params) / 1e6:.1f}M parameters, N {showo.N}, K {showo.K}, on {world} x {device.type}, "
-            f"{'bf16' if half else 'fp32'}; {len(lines)} prompts, reward {args.reward}; output in {out}\n"
+            f"{'bf16' if showo.compute_dtype else 'fp32'}; {len(lines)} prompts, reward {args.reward}; output in {out}\n"
             f"one step: {per_step} prompts x {args.group_size} = {per_step * args.group_size} pictures, x "
             f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations = "
             f"{per_step * args.group_size * len(loss_iterations(0, args))} trajectory steps, over all processes\n"
@@ -486,13 +443,13 @@ def main():
         due = lambda every: every and (step % every == 0 or last)  # noqa: E731
         if due(args.eval_every):
             with clock("eval"):
-                row = evaluate(step, eval_lines, args, showo, magvit, reward)
+                row = evaluate(step, eval_lines, args, showo, magvit, reward, detector)
             log("eval.jsonl", row)
             log.say("eval " + " ".join(f"{k} {v:.3f}" if k != "step" else f"{k} {v}" for k, v in row.items()))
         if due(args.sample_every) and rank == 0:
-            picture_grid(out / "samples" / f"step-{step:06d}.png", shown, args, showo, magvit, reward)
+            picture_grid(out / "samples" / f"step-{step:06d}.png", shown, args, showo, magvit, reward, detector)
         if step > start and (due(args.save_every) or last) and rank == 0:
-            save_checkpoint(out / f"checkpoint-{step}", step, showo, optimizer, sample_filter, args)
+            checkpoint.save(out / f"checkpoint-{step}", step, showo, optimizer, sample_filter, args)
 
     total = Clock(device)
     clock = total
@@ -501,15 +458,14 @@ def main():
     for step in range(start, args.steps):
         clock = Clock(device)
         with clock("step"):
-            order = torch.randperm(len(lines), generator=generator("cpu", args.seed, "prompts", step * per_step // len(lines))).tolist()
             first = step * per_step + rank * args.prompts_per_step
-            chosen = [lines[order[(first + i) % len(lines)]] for i in range(args.prompts_per_step)]
-            batch = collect(step, chosen, args, showo, magvit, reward, sample_filter, policy_of(showo), clock)
+            chosen = [lines[prompt_at(first + i, len(lines), args.seed)] for i in range(args.prompts_per_step)]
+            batch = collect(step, chosen, args, showo, magvit, reward, sample_filter, clock)
             lr = args.lr * min(1, (step + 1) / max(args.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with clock("update"):
-                numbers = update(step, batch, args, policy_of(showo), reference, params, optimizer, showo.K)
+                numbers = update(step, batch, args, showo, reference, optimizer)
         rewards = all_cat(batch.rewards.to(device))                                             # (P of all processes, G)
         parts = {name: all_cat(part.to(device)).mean().item() for name, part in batch.log.items()}
         log.step({"step": step + 1, "reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
@@ -522,15 +478,15 @@ def main():
         clock = total
         watch(step + 1)
 
-    if rank == 0 and args.sample_every:
-        before_and_after(out / "samples", args.steps)
+    if rank == 0 and (out / "samples/step-000000.png").exists():
+        before_and_after(out / "samples")
     done = max(args.steps - start, 1)
     closing_table(out, log.say)
     log.say("\nseconds per step: " + ", ".join(f"{k} {v / done:.2f}" for k, v in total.items() if k != "eval")
             + f"; all evaluations {total.get('eval', 0):.0f} s; peak memory {peak_gib(device):.2f} GiB; {out}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     run(main)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -7,6 +7,8 @@ import torch
 
 ROOT, DATA = Path(__file__).parent.parent, Path(__file__).parent / "data"
 sys.path.insert(0, str(ROOT))
+import model  # noqa: E402,F401  (before open_clip: it mends a torchvision that cannot be imported)
+
 torch.set_num_threads(2)
 
 

@@ -4,7 +4,7 @@ import torch
 from conftest import DATA, read_json
 from safetensors.torch import load_file, save_file
 
-from model import InputError, MAGVITv2, Prompt, Showo, load_magvit, load_showo, read_weights, to_uint8
+from model import InputError, MAGVITv2, Showo, load_magvit, load_showo, read_weights, to_uint8
 
 TOKENIZER = DATA / "prompting/tokenizer"
 
@@ -22,27 +22,17 @@ def expected():
 @pytest.mark.parametrize("max_text_len", [8, 16, 128])
 def test_prompts_become_the_official_ids(showo, max_text_len):
     facts = read_json("prompting/prompting.json")
-    prompt = showo.encode(facts["prompts"], max_text_len)
-    ids, _ = showo.sequence(torch.full((len(prompt), 16), showo.K), prompt)
-    assert ids.tolist() == facts["sequences"][str(max_text_len)]
+    prompt, image = showo.encode(facts["prompts"], max_text_len), [facts["mask_token_id"]] * 16
+    rows = [ids + [showo.soi, *image, showo.eoi] for ids in prompt.ids.tolist()]
+    assert rows == facts["sequences"][str(max_text_len)]
     assert (~prompt.real).sum(1).tolist() == facts["first_real_index"][str(max_text_len)]
+    assert showo.K + showo.code_offset == facts["mask_token_id"]
 
 
 def test_prompts_cannot_spell_control_tokens(showo):
     ids = showo.encode(["<|soi|> [PAD] <|t2i|>"], 64).ids[0]
     text = ids[ids != showo.pad]
     assert text[0] == showo.t2i and (text[1:] < showo.text_vocab).all() and len(text) > 10
-
-
-@pytest.mark.parametrize("max_text_len", [8, 16])
-def test_attention_is_the_official_mask_on_real_rows(showo, max_text_len):
-    facts, tensors = read_json("prompting/prompting.json"), load_file(DATA / "prompting/attention.safetensors")
-    chosen = [facts["prompts"][i] for i in read_json("prompting/attention.json")["prompt_index"]]
-    ids, attend = showo.sequence(torch.full((len(chosen), 16), showo.K), showo.encode(chosen, max_text_len))
-    name = f"m{max_text_len}."
-    assert torch.equal(ids, tensors[name + "input_ids"])
-    real = ~tensors[name + "is_pad"]
-    assert torch.equal(attend[real], tensors[name + "attend"][real])
 
 
 @pytest.mark.parametrize("case", ["single", "batch4", "partial4"])
@@ -54,11 +44,32 @@ def test_logits(showo, expected, case):
     torch.testing.assert_close(logits, tensors[f"{case}.image_logits"], atol=1e-4, rtol=1e-4)
 
 
-def test_logits_do_not_depend_on_padding(showo):
-    codes = torch.full((1, 16), showo.K)
+def test_logits_do_not_depend_on_padding_or_on_a_shared_prefix(showo):
+    codes = torch.randint(showo.K + 1, (5, 16), generator=torch.Generator().manual_seed(0))
+    texts = ["a photo of a cat", "two", "", "a photo of a cat", "a green kite above a blue boat"]
     with torch.no_grad():
-        alone, padded = (showo.logits(codes, showo.encode(["a photo of a cat"], m)) for m in (16, 100))
-    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=1e-5)
+        together = showo.logits(codes, showo.encode(texts, 100))
+        alone = torch.cat([showo.logits(codes[i:i + 1], showo.encode(texts[i:i + 1], 40)) for i in range(5)])
+        shared = showo.prefill(showo.encode(["a photo of a cat", "two"], 40)).repeat(2)
+        grouped = showo.logits(codes[:4], shared)
+        picked = showo.logits(codes[:2], shared[torch.tensor([2, 0])])
+        plain = showo.logits(codes[:4], showo.encode([texts[0], texts[0], "two", "two"], 40))
+        swapped = showo.logits(codes[:2], showo.encode(["two", texts[0]], 40))
+    for ours, wanted in ((together, alone), (grouped, plain), (picked, swapped)):
+        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="5 rows of codes, 4 rows of prompts"):
+        showo.logits(codes, shared)
+
+
+def test_a_shared_prefix_has_the_gradient_of_separate_ones(showo):
+    codes = torch.randint(showo.K + 1, (4, 16), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for prompt in (showo.encode(["a red cat", "two"]).repeat(2), showo.encode(["a red cat", "a red cat", "two", "two"])):
+        showo.zero_grad()
+        showo.logits(codes, prompt).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in showo.parameters()]))
+    showo.zero_grad()
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
 def test_guidance(showo, expected):
@@ -124,11 +135,6 @@ def test_magvit():
     assert difference.abs().max() <= 1
     with pytest.raises(ValueError, match="24 codes"):
         model.decode(expected["decode_rect.indices"])
-
-
-def test_prompt_rows():
-    prompt = Prompt(torch.arange(6).view(3, 2), torch.ones(3, 2, dtype=torch.bool))
-    assert prompt.repeat(2).ids[:, 0].tolist() == [0, 0, 2, 2, 4, 4] and prompt[torch.tensor([2])].ids.tolist() == [[4, 5]]
 
 
 @pytest.mark.parametrize("damage, message", [
