@@ -231,7 +231,7 @@ def main():
     from shapes import prompts as shapes_prompts
     p = Parser("Draw the evaluation prompts, detect, score: results.jsonl, summary.txt, summary.json.")
     p.add_argument("--out", required=True, help="a new folder for pictures and results")
-    p.add_argument("--prompts", help="a jsonl file with GenEval metadata (default: the 64 held-out prompts of shapes)")
+    p.add_argument("--prompts", help="a jsonl file with GenEval metadata (default: the 63 held-out prompts of shapes)")
     p.add_argument("--n", type=in_range(int, 1), default=4, help="pictures per prompt")
     add_model_flags(p)
     args = p.parse_args()

@@ -163,7 +163,7 @@ def add_model_flags(p):
     p.add_argument("--ckpt", help="weights to use in place of the model's: a checkpoint folder of train.py, or a state_dict")
     p.add_argument("--vq", help="hub id or folder of MAGVIT-v2 (default: showlab/magvitv2, or that of shapes)")
     p.add_argument("--tokenizer", help="hub id or folder of the text tokenizer (default: the model's own, or microsoft/phi-1_5)")
-    p.add_argument("--steps", type=in_range(int, 1), help="T, unmasking iterations (default: 50; shapes 8)")
+    p.add_argument("--steps", type=in_range(int, 1), help="T, unmasking iterations (default: 50; shapes 16)")
     p.add_argument("--cfg", type=in_range(float, 0), help="guidance, 0 = none (default: 5; shapes 0)")
     p.add_argument("--temperature", type=in_range(float, 0), default=1.0, help="of the Gumbel noise in choose-and-move")
     p.add_argument("--schedule", choices=["cosine", "linear"], default="cosine")
@@ -177,7 +177,7 @@ def drawer(args):
     """The flags of add_model_flags -> draw(prompts, n, seeds) -> uint8 [len(prompts) * n, 3, H, W]; loads the models."""
     tiny = args.model == "shapes"
     steps, cfg, batch = (default if value is None else value for value, default in
-                         zip((args.steps, args.cfg, args.batch), (8, 0.0, 256) if tiny else (50, 5.0, 8)))
+                         zip((args.steps, args.cfg, args.batch), (16, 0.0, 256) if tiny else (50, 5.0, 8)))
     tokenizer = args.tokenizer or ("shapes" if tiny else None)
     showo = load_showo(args.ckpt or args.model, tokenizer=tokenizer, device=args.device)
     magvit = load_magvit(args.vq or ("shapes/magvitv2" if tiny else "showlab/magvitv2"), device=args.device)

@@ -1,6 +1,6 @@
 """The embedded default: a small synthetic world in GenEval's image, and a tiny Show-o that draws it.
 
-Pictures are 32 x 32, a 4 x 4 lattice of 8-pixel cells, one object (10 classes x 6 colours) per cell, on one of three
+Pictures are 32 x 32, a 4 x 4 lattice of 8-pixel cells, one object (8 classes x 5 colours) per cell, on one of three
 backgrounds. Prompts and metadata have GenEval's form and its six families. The detector is exact: every cell is compared
 with every template. The base in shapes/ is made by
 
@@ -23,20 +23,18 @@ import torch.nn.functional as F
 from model import SPECIALS, MAGVITv2, Parser, Prompt, Showo, in_range, run
 
 FOLDER = Path(__file__).parent / "shapes"
-CELL, GRID, BITS = 8, 4, 8
-COLOURS = {"red": (220, 40, 40), "yellow": (240, 190, 30), "green": (30, 150, 60), "blue": (50, 80, 220),
-           "purple": (150, 60, 180), "black": (30, 30, 30)}
+CELL, GRID, BITS = 8, 4, 6
+COLOURS = {"red": (220, 40, 40), "yellow": (240, 190, 30), "green": (30, 150, 60), "blue": (50, 80, 220), "black": (30, 30, 30)}
 BACKGROUNDS = ((235, 235, 235), (250, 238, 210), (200, 225, 240))
 GLYPHS = {  # 7 x 7, one hexadecimal number a row
     "square": "7f 7f 7f 7f 7f 7f 7f", "circle": "1c 3e 7f 7f 7f 3e 1c", "triangle": "08 08 1c 1c 3e 3e 7f",
-    "cross": "1c 1c 7f 7f 7f 1c 1c", "ring": "1c 3e 63 63 63 3e 1c", "diamond": "08 1c 3e 7f 3e 1c 08",
-    "heart": "36 7f 7f 7f 3e 1c 08", "star": "08 08 7f 3e 1c 36 41", "moon": "1e 3c 78 78 78 3c 1e",
-    "arrow": "08 1c 3e 7f 1c 1c 1c"}
+    "cross": "1c 1c 7f 7f 7f 1c 1c", "ring": "1c 3e 63 63 63 3e 1c", "heart": "36 7f 7f 7f 3e 1c 08",
+    "star": "08 08 7f 3e 1c 36 41", "moon": "1e 3c 78 78 78 3c 1e"}
 CLASSES = list(GLYPHS)
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-FAMILIES = {"single_object": 4, "two_object": 12, "counting": 12, "colors": 12, "position": 12, "color_attr": 12}  # held out
+FAMILIES = {"single_object": 3, "two_object": 12, "counting": 12, "colors": 12, "position": 12, "color_attr": 12}  # held out
 MASKS = torch.tensor([[[int(row, 16) >> (6 - x) & 1 for x in range(7)] for row in rows.split()]
-                      for rows in GLYPHS.values()], dtype=torch.bool)  # (10, 7, 7)
+                      for rows in GLYPHS.values()], dtype=torch.bool)  # (8, 7, 7)
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -71,17 +69,19 @@ def combinations(tag: str) -> list[list[dict]]:
 
 
 def prompts(split: str, n: int = 1200) -> list[dict]:
-    """split "eval": the 64 held-out prompts; "train": n prompts, families in turn, of the other combinations; "all": n of all."""
-    out, rng = [], random.Random(0)
+    """split "eval": the 63 held-out prompts; "train": n prompts of the other combinations, the hard families more often;
+    "all": n prompts of all combinations, families in turn."""
+    turns = list(FAMILIES) + (["counting", "position", "color_attr", "position"] if split == "train" else [])
+    out, rng = {}, random.Random(0)
     for tag, held_out in FAMILIES.items():
         groups = combinations(tag)
         rng.shuffle(groups)
-        if split == "eval":
-            out += [rng.choice(group) for group in groups[:held_out]]
-        else:
-            rest = groups[held_out:] if split == "train" else groups
-            out.append([rng.choice(rest[i % len(rest)]) for i in range(math.ceil(n / len(FAMILIES)))])
-    return out if split == "eval" else [line for lines in zip(*out) for line in lines][:n]
+        chosen = {"eval": groups[:held_out], "train": groups[held_out:], "all": groups}[split]
+        many = held_out if split == "eval" else turns.count(tag) * math.ceil(n / len(turns))
+        out[tag] = iter([rng.choice(chosen[i % len(chosen)]) for i in range(many)])
+    if split == "eval":
+        return [line for lines in out.values() for line in lines]
+    return [next(out[tag]) for tag, _ in zip(itertools.cycle(turns), range(n))]
 
 
 # ------------------------------------------------------------------------------- pictures and their detector
@@ -112,15 +112,18 @@ def render(metadata: dict, rng: random.Random):
 
 
 def _templates():
-    """Every object on every background, then the empty cells -> Float (T, 192) and the label of each, -1 = empty."""
+    """Every object on every background, then the empty cells -> Float (T, 192), and per template its label (40 = empty) and
+    its code: an object's is the same on all backgrounds, an empty cell's tells the background."""
     labels = [(c, k) for c in CLASSES for k in COLOURS]
     cells = [paint({(0, 0): label}, b)[:, :CELL, :CELL] for label in labels for b in range(len(BACKGROUNDS))]
     cells += [paint({}, b)[:, :CELL, :CELL] for b in range(len(BACKGROUNDS))]
     index = [i for i in range(len(labels)) for _ in BACKGROUNDS] + [len(labels)] * len(BACKGROUNDS)
-    return torch.stack(cells).flatten(1).float(), torch.tensor(index), labels
+    index = torch.tensor(index)
+    codes = torch.cat([index[:-len(BACKGROUNDS)], len(labels) + torch.arange(len(BACKGROUNDS))])
+    return torch.stack(cells).flatten(1).float(), index, codes, labels
 
 
-TEMPLATES, TEMPLATE_LABEL, LABELS = _templates()
+TEMPLATES, TEMPLATE_LABEL, TEMPLATE_CODE, LABELS = _templates()
 
 
 def distances(images):
@@ -137,7 +140,7 @@ def detect(images) -> list[tuple[dict, dict]]:
     which eval_geneval.filter_detections keeps the boxes. Boxes in pixels."""
     B, d = len(images), distances(images)
     best = torch.full((len(d), len(LABELS) + 1), math.inf).scatter_reduce(
-        1, TEMPLATE_LABEL.expand(len(d), -1), d, "amin")                                    # (B * 16, 61)
+        1, TEMPLATE_LABEL.expand(len(d), -1), d, "amin")                                    # (B * 16, 41)
     (first, second), (label, _) = (x.T for x in best.topk(2, 1, largest=False))
     score = 1 - first / second.clamp(min=1e-6)
     found = [[] for _ in range(B)]
@@ -184,7 +187,7 @@ def _crowd(rng, B):
 
 
 def pretrain_tokenizer(steps, seed, *, batch=64, lr=2e-3) -> MAGVITv2:
-    """MAGVITv2 whose 8 bits number the world's templates: squared error of the pictures, logistic loss of the bits."""
+    """MAGVITv2 whose 6 bits number the world's objects and grounds: squared error of the pictures, logistic loss of the bits."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     size = dict(ch=32, ch_mult=[1, 1, 2, 4], z_channels=BITS)
@@ -193,7 +196,7 @@ def pretrain_tokenizer(steps, seed, *, batch=64, lr=2e-3) -> MAGVITv2:
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         pictures, template = _crowd(rng, batch)
-        signs = model.quantize.embedding[template].unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
+        signs = model.quantize.embedding[TEMPLATE_CODE[template]].unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
         bits = F.softplus(-signs * model.encoder(scaled(pictures))).mean()
         mse = F.mse_loss(model.decoder(signs), scaled(pictures))
         opt.zero_grad()
@@ -207,17 +210,19 @@ def pretrain_tokenizer(steps, seed, *, batch=64, lr=2e-3) -> MAGVITv2:
 
 
 def lessons(n, rng):
-    """n captioned pictures -> captions list[str], family Long (n,), codes Long (n, N): the template of every cell."""
+    """n captioned pictures -> captions list[str], family Long (n,), codes Long (n, N)."""
     lines = prompts("all", n)
     codes = [distances(torch.stack([render(line, rng)[0] for line in lines[i:i + 256]])).argmin(1) for i in range(0, n, 256)]
     family = torch.tensor([list(FAMILIES).index(line["tag"]) for line in lines])
-    return [line["prompt"] for line in lines], family, torch.cat(codes).view(n, GRID ** 2)
+    return [line["prompt"] for line in lines], family, TEMPLATE_CODE[torch.cat(codes)].view(n, GRID ** 2)
 
 
-def pretrain_base(steps, seed, *, pool=30000, batch=128, lr=1.5e-3, wrong=0.5, hidden=128, layers=4) -> Showo:
-    """Show-o's masked-token prediction: a share of the tokens, cos(pi u / 2), is masked; cross-entropy on those.
+def pretrain_base(steps, seed, *, pool=30000, batch=64, lr=2e-3, clean=0.75, wrong=0.5, hidden=128, layers=4) -> Showo:
+    """Show-o's masked-token prediction: a share of the tokens, cos(pi u / 2), is masked; cross-entropy on those. Half of the
+    masks cover the objects first, with a share u: such states are common when sampling, where sure, empty cells go first.
 
-    wrong: the share of captions exchanged for another one of the same family; a tenth are dropped, for guidance."""
+    Captions are right for a share of the steps (clean), then a share of them (wrong) is exchanged for another one of the same
+    family; a tenth are dropped, for guidance."""
     torch.manual_seed(seed)
     tokenizer = word_tokenizer()
     N, K, n_text = GRID ** 2, 2 ** BITS, len(tokenizer)
@@ -225,7 +230,7 @@ def pretrain_base(steps, seed, *, pool=30000, batch=128, lr=1.5e-3, wrong=0.5, h
               "codebook_size": K, "num_vq_tokens": N, "mask_token_id": n_text + len(SPECIALS) + K, "w_clip_vit": False,
               "llm_model_path": "shapes", "load_from_showo": True}
     model = Showo(config, dict(hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-                               num_attention_heads=hidden // 32, max_position_embeddings=256), tokenizer)
+                               num_attention_heads=hidden // 32, max_position_embeddings=256, initializer_range=0.05), tokenizer)
     captions, family, codes = lessons(pool, random.Random(seed))
     ids, empty = model.encode(captions).ids, model.encode([""]).ids
     members = [(family == f).nonzero()[:, 0] for f in range(len(FAMILIES))]
@@ -235,11 +240,12 @@ def pretrain_base(steps, seed, *, pool=30000, batch=128, lr=1.5e-3, wrong=0.5, h
     for step in range(steps):
         row = torch.randint(pool, (batch,))
         other = torch.stack([members[f][torch.randint(len(members[f]), ())] for f in family[row]])
-        told = torch.where(torch.rand(batch) < wrong, other, row)
+        told = torch.where(torch.rand(batch) < (wrong if step >= clean * steps else 0), other, row)
         text = torch.where(torch.rand(batch, 1) < 0.1, empty, ids[told])
-        share = torch.cos(torch.rand(batch, 1) * math.pi / 2)
-        rank = torch.rand(batch, N).argsort(1).argsort(1)
-        masked = rank < (share * N).round().clamp(min=1)
+        u, cover = torch.rand(batch, 1), torch.rand(batch, 1) < 0.5
+        share = torch.where(cover, u, torch.cos(u * math.pi / 2))
+        first = torch.rand(batch, N) - (cover & (codes[row] < len(LABELS))).float()
+        masked = first.argsort(1).argsort(1) < (share * N).round().clamp(min=1)
         logits = model.logits(torch.where(masked, K, codes[row]), Prompt(text, text != model.pad, torch.arange(batch)))
         loss = F.cross_entropy(logits[masked], codes[row][masked])
         opt.zero_grad()
@@ -258,8 +264,8 @@ def main():
     p.add_argument("what", choices=["pretrain"])
     p.add_argument("--out", default=str(FOLDER), help="folder for the base; its tokenizer goes to OUT/magvitv2")
     p.add_argument("--seed", type=in_range(int, 0), default=0)
-    p.add_argument("--tokenizer-steps", type=in_range(int, 1), default=3000)
-    p.add_argument("--steps", type=in_range(int, 1), default=4000)
+    p.add_argument("--tokenizer-steps", type=in_range(int, 1), default=2400)
+    p.add_argument("--steps", type=in_range(int, 1), default=5000)
     args = p.parse_args()
     torch.set_num_threads(1)  # the sums, and so the weights, do not depend on the number of cores
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"),

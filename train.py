@@ -12,6 +12,7 @@ Departures from the paper:
 - prompts: LAION captions cannot be shipped, prompts/train.txt holds captions of our own making.
 Randomness is a function of (seed, step, prompt slot), so a run is the same on any number of processes, and when resumed.
 """
+import argparse
 import contextlib
 import functools
 import importlib.util
@@ -40,8 +41,8 @@ PRESETS = {
     "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, eval_unmask_steps=50, eval_guidance=5.0,
                   lr=3e-6, warmup=62, weight_decay=0.02, reward="clip", eval_every=0, eval_n=1, sample_every=50, save_every=100,
                   micro_batch=6, filter_warmup=50),
-    "shapes": dict(steps=80, group_size=8, prompts_per_step=32, unmask_steps=8, eval_unmask_steps=8, eval_guidance=0.0,
-                   lr=5e-4, warmup=3, weight_decay=0.0, reward="geneval:exact", eval_every=20, eval_n=8, sample_every=20,
+    "shapes": dict(steps=80, group_size=8, prompts_per_step=16, unmask_steps=16, eval_unmask_steps=16, eval_guidance=0.0,
+                   lr=6e-4, warmup=3, weight_decay=0.0, reward="geneval:exact", eval_every=20, eval_n=8, sample_every=20,
                    save_every=40, micro_batch=256, filter_warmup=64)}
 
 
@@ -86,12 +87,13 @@ def parse_args():
     g.add_argument("--eval-n", type=in_range(int, 1), help="pictures per evaluation prompt")
     g.add_argument("--eval-unmask-steps", type=in_range(int, 1), help="T when evaluating")
     g.add_argument("--eval-guidance", type=in_range(float, 0), help="guidance when evaluating; training uses none")
-    g.add_argument("--eval-prompts", help="as --prompts (default: 64 held-out prompts of shapes, else 8 lines of prompts/eval.txt)")
+    g.add_argument("--eval-prompts", help="as --prompts (default: 63 held-out prompts of shapes, else 8 lines of prompts/eval.txt)")
     g.add_argument("--sample-every", type=in_range(int, 0), help="steps between picture grids, 0 = none")
     g.add_argument("--save-every", type=in_range(int, 0), help="steps between checkpoints, 0 = only the last")
     g.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
-    known, _ = p.parse_known_args()
-    p.set_defaults(**PRESETS["shapes" if known.model == "shapes" else "showo"])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model")
+    p.set_defaults(**PRESETS["shapes" if first.parse_known_args()[0].model == "shapes" else "showo"])
     args = p.parse_args()
     if args.loss_steps and args.loss_steps > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")

@@ -85,7 +85,7 @@ def combination(line):
 
 def test_training_and_evaluation_prompts_are_disjoint():
     train, held_out = ({combination(line) for line in shapes.prompts(split, 3000)} for split in ("train", "eval"))
-    assert not train & held_out and len(held_out) == 64
+    assert not train & held_out and len(held_out) == 63
     assert {key[0] for key in train} == {key[0] for key in held_out} == set(shapes.FAMILIES)
     assert shapes.prompts("train", 60) == shapes.prompts("train", 60)
 
@@ -107,7 +107,8 @@ def test_the_tokenizer_knows_every_word(base):
 
 def test_codes_are_the_templates(pictures, base):
     images = torch.stack([image for image, _ in pictures[1][:500]])
-    assert (base[1].encode(shapes.scaled(images)).flatten() == shapes.distances(images).argmin(1)).float().mean() > 0.999
+    codes = shapes.TEMPLATE_CODE[shapes.distances(images).argmin(1)]
+    assert (base[1].encode(shapes.scaled(images)).flatten() == codes).float().mean() > 0.999
 
 
 def test_the_shipped_base_is_small_and_fair(base):
@@ -127,7 +128,7 @@ def test_pretraining_repeats_itself(tmp_path):
     for run in ("a", "b"):
         shapes.pretrain_base(2, 7, pool=300, batch=8, hidden=32, layers=1).save(tmp_path / run)
         weights.append(load_file(tmp_path / run / "pytorch_model.safetensors"))
-        assert json.loads((tmp_path / run / "config.json").read_text())["codebook_size"] == 256
+        assert json.loads((tmp_path / run / "config.json").read_text())["codebook_size"] == 64
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     first, second = (shapes.pretrain_tokenizer(2, 7, batch=4) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))

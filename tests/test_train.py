@@ -215,8 +215,8 @@ def test_the_other_command_lines(tmp_path, script, flags):
         assert Image.open(out).size == (2 * 132, 2 * 160)
     else:
         rows = checkpoint.read_rows(out / "results.jsonl")
-        assert len(rows) == 64 and list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
-        assert (out / "00063/samples/0000.png").exists() and "Overall score" in done.stdout
+        assert len(rows) == 63 and list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+        assert (out / "00062/samples/0000.png").exists() and "Overall score" in done.stdout
         assert json.loads((out / "summary.json").read_text())["detector"] == "shapes, exact"
 
 
