@@ -178,7 +178,7 @@ def drawer(args):
     tiny = args.model == "shapes"
     steps, cfg, batch = (default if value is None else value for value, default in
                          zip((args.steps, args.cfg, args.batch), (16, 0.0, 256) if tiny else (50, 5.0, 8)))
-    tokenizer = args.tokenizer or ("shapes" if tiny else None)
+    tokenizer = args.tokenizer or (Path(__file__).parent / "shapes" if tiny else None)
     showo = load_showo(args.ckpt or args.model, tokenizer=tokenizer, device=args.device)
     magvit = load_magvit(args.vq or ("shapes/magvitv2" if tiny else "showlab/magvitv2"), device=args.device)
     showo.compute_dtype = compute_dtype(args.dtype, showo.device)

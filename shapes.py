@@ -4,7 +4,7 @@ Pictures are 32 x 32, a 4 x 4 lattice of 8-pixel cells, one object (8 classes x 
 backgrounds. Prompts and metadata have GenEval's form and its six families. The detector is exact: every cell is compared
 with every template. The base in shapes/ is made by
 
-    python shapes.py pretrain --out shapes        # from a seed; about an hour on 2 CPU cores
+    python shapes.py pretrain --out shapes        # from a seed; about 25 minutes on 2 CPU cores
 
 It learns from captions of which a share belongs to another picture of the same family, as captions found on the web often
 do: it can draw everything, and often draws something else than asked. That is what RL then mends.
@@ -75,7 +75,7 @@ def prompts(split: str, n: int = 1200) -> list[dict]:
     out, rng = {}, random.Random(0)
     for tag, held_out in FAMILIES.items():
         groups = combinations(tag)
-        rng.shuffle(groups)
+        (rng if split == "all" else random.Random(tag)).shuffle(groups)  # what is held out is the same for every split
         chosen = {"eval": groups[:held_out], "train": groups[held_out:], "all": groups}[split]
         many = held_out if split == "eval" else turns.count(tag) * math.ceil(n / len(turns))
         out[tag] = iter([rng.choice(chosen[i % len(chosen)]) for i in range(many)])

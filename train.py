@@ -41,9 +41,9 @@ PRESETS = {
     "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, eval_unmask_steps=50, eval_guidance=5.0,
                   lr=3e-6, warmup=62, weight_decay=0.02, reward="clip", eval_every=0, eval_n=1, sample_every=50, save_every=100,
                   micro_batch=6, filter_warmup=50),
-    "shapes": dict(steps=80, group_size=8, prompts_per_step=16, unmask_steps=16, eval_unmask_steps=16, eval_guidance=0.0,
-                   lr=6e-4, warmup=3, weight_decay=0.0, reward="geneval:exact", eval_every=20, eval_n=8, sample_every=20,
-                   save_every=40, micro_batch=256, filter_warmup=64)}
+    "shapes": dict(steps=45, group_size=8, prompts_per_step=24, unmask_steps=16, eval_unmask_steps=16, eval_guidance=0.0,
+                   lr=7e-4, warmup=3, weight_decay=0.0, reward="geneval:exact", eval_every=15, eval_n=8, sample_every=15,
+                   save_every=15, micro_batch=256, filter_warmup=48)}
 
 
 def parse_args():
@@ -256,9 +256,10 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
         optimizer.zero_grad(set_to_none=True)
     stats = torch.stack(stats) if stats else torch.zeros(1, 8, device=device)                   # (passes, 8)
     n, ratio, off, clipped, kl, entropy, n_new = all_sum(stats[:, :7].sum(0)).tolist()
-    n, n_new = max(n, 1), max(n_new, 1)
-    return {"grad_norm": norm.item(), "skipped": n_skipped, "ratio_mean": ratio / n, "ratio_max": all_cat(stats[:, 7].amax()[None]).amax().item(),
-            "approx_kl": off / n, "clip_fraction": clipped / n, "kl_ref": kl / n, "entropy": entropy / n_new}
+    if not n:  # every group was all right or all wrong: nothing to learn from, no ratio
+        ratio = n = 1
+    return {"grad_norm": norm.item(), "skipped": n_skipped, "ratio_mean": ratio / n, "ratio_max": all_cat(stats[:, 7].amax()[None]).amax().item() or 1.0,
+            "approx_kl": off / n, "clip_fraction": clipped / n, "kl_ref": kl / n, "entropy": entropy / max(n_new, 1)}
 
 
 @torch.no_grad()
