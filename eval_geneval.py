@@ -1,7 +1,7 @@
 """GenEval (arXiv 2310.11513): prompts, pictures in the official folders, detection, scoring, summary.
 
     python eval_geneval.py --model shapes --out runs/eval                               # the tiny base
-    python eval_geneval.py --model shapes --ckpt runs/shapes/checkpoint-80 --out runs/eval-rl
+    python eval_geneval.py --model shapes --ckpt runs/shapes/checkpoint-45 --out runs/eval-rl
 
 Rules and texts are those of djghosh13/geneval evaluation/evaluate_images.py and summary_scores.py; the arithmetic of
 thresholds is float32, as there. Which detector was used is written into summary.json: numbers of different detectors are
@@ -168,6 +168,13 @@ def exact_score(raw: dict, metadata: dict, colours: dict) -> bool:
     return there == asked and strict_score(filter_detections(raw, metadata["tag"]), metadata, colours)[0]
 
 
+def is_geneval(line: dict) -> bool:
+    """Whether a prompt line has GenEval metadata: a tag, and clauses with a class and a count."""
+    include = line.get("include")
+    return isinstance(line.get("tag"), str) and isinstance(include, list) and bool(include) and all(
+        isinstance(c, dict) and "class" in c and isinstance(c.get("count"), int) for c in include)
+
+
 def verdicts(lines: list[dict], found: list) -> dict:
     """GenEval lines and a detector's (detections, colours) of as many pictures -> Float[B] each: "overall" (the official
     verdict), "exact", "objects" (boxes over 0.3 in the picture) and "objects_asked"."""
@@ -241,7 +248,7 @@ def main():
     if out.exists() and any(out.iterdir()):
         p.error(f"--out {out}: is not empty; choose a new folder")
     lines = read_prompts(args.prompts) if args.prompts else shapes_prompts("eval")
-    if any("include" not in line or "tag" not in line for line in lines):
+    if not all(map(is_geneval, lines)):
         p.error(f"--prompts {args.prompts}: every line needs GenEval metadata (tag, include, prompt)")
     draw_folder(out, lines, args.n, drawer(args))
     rows = score_folder(out, detect)

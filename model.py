@@ -88,7 +88,7 @@ class Showo(nn.Module):
     """Phi with q/k layer norms that predicts the code of every masked image token. N image tokens, K codes.
 
     config: Show-o's config.json as a dict; phi: the language model's sizes (PhiConfig keys) over those of Phi-1.5.
-    Source: showlab/Show-o models/modeling_showo.py and training/prompting_utils.py."""
+    Raises InputError when the vocabulary does not add up. Source: showlab/Show-o models/modeling_showo.py and training/prompting_utils.py."""
 
     def __init__(self, config: dict, phi: dict, tokenizer):
         super().__init__()
@@ -157,7 +157,7 @@ class Showo(nn.Module):
         with self._autocast():
             hidden = self.showo.model(input_ids=ids, attention_mask=attend, past_key_values=prompt.cache,
                                       position_ids=position[None]).last_hidden_state
-            return F.linear(hidden[:, 1:-1], head.weight[columns], head.bias[columns]).float()
+        return F.linear(hidden[:, 1:-1].float(), head.weight[columns].float(), head.bias[columns].float())
 
     def _autocast(self):
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)
@@ -178,7 +178,8 @@ class Showo(nn.Module):
 def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.float32) -> Showo:
     """A folder or hub id with config.json and weights, or a bare state_dict file (.pth, .bin, .safetensors) -> Showo.
 
-    tokenizer: folder or hub id; None = the folder's own files if it has them, else microsoft/phi-1_5.
+    A bare file takes its sizes from a config.json beside it, else from its weights, with 1024 image tokens. tokenizer: folder
+    or hub id; None = the folder's own files if it has them, else microsoft/phi-1_5.
     Raises InputError when a file is missing or unreadable, or a weight is missing, surplus or of another shape."""
     path = _fetch(path_or_hub_id, ["config.json", "phi_config.json", "pytorch_model*", "model*", "tokenizer*", "vocab.json",
                                    "merges.txt", "special_tokens_map.json", "added_tokens.json"])
@@ -192,7 +193,7 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
                          "tokenizer.json or a hub id") from None
     state = {k: v for k, v in read_weights(path).items() if not k.startswith("mm_projector.")}
     phi = _read_json(folder / "phi_config.json") if (folder / "phi_config.json").exists() else {}
-    if path.is_dir():
+    if path.is_dir() or (folder / "config.json").exists():
         config = _read_json(folder / "config.json")
     else:
         config, phi = _infer_config(path, state, len(text), phi)
@@ -339,11 +340,13 @@ class MAGVITv2(nn.Module):
         self.quantize = Quantizer(self.config["encoder"]["z_channels"])
 
     def encode(self, images):
-        """images Float[B, 3, H, W] in [-1, 1] -> codes Long[B, N], row by row."""
+        """images Float[B, 3, H, W] in [-1, 1] -> codes Long[B, N], row by row; H and W multiples of the downsampling."""
         return self.quantize(self.encoder(images))
 
     def decode(self, codes, shape=None):
-        """codes Long[B, N] -> Float[B, 3, H, W], about [-1, 1], not clamped; shape (h, w) of the code grid, None = square."""
+        """codes Long[B, N] -> Float[B, 3, H, W], about [-1, 1], not clamped; shape (h, w) of the code grid, None = square.
+
+        Raises ValueError when the codes do not fill the grid."""
         h, w = shape or (int(codes.shape[1] ** 0.5),) * 2
         if h * w != codes.shape[1]:
             raise ValueError(f"{codes.shape[1]} codes do not fill a {h} x {w} grid; give shape=(h, w)")
@@ -447,7 +450,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and whose --help shows the defaults."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

@@ -78,17 +78,20 @@ def clip_logits(model, pixels, tokens):
 
 
 def clip_reward(name, device):
-    """open_clip's MODEL/PRETRAINED (PRETRAINED may be a file), with its own preprocessing of PIL images."""
+    """open_clip's MODEL/PRETRAINED (PRETRAINED may be a file), with its own preprocessing of PIL images -> a part of a Reward.
+
+    Half precision on a GPU. Raises InputError when open_clip cannot load it."""
     import open_clip
     architecture, _, pretrained = name.partition("/")
+    half = torch.device(device).type == "cuda"
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
-            architecture, pretrained=pretrained, device=device, precision="fp16" if torch.device(device).type == "cuda" else "fp32")
+            architecture, pretrained=pretrained, device=device, precision="fp16" if half else "fp32")
     except Exception as error:  # unknown names are RuntimeErrors, the hub client has errors of its own
         raise InputError(f"--reward clip:{name}: open_clip cannot load it ({str(error).splitlines()[0][:200]}); "
                          "check the name and the network, or give clip:MODEL/PATH-TO-WEIGHTS") from None
     model.eval().requires_grad_(False)
-    tokenizer, dtype = open_clip.get_tokenizer(architecture), next(model.parameters()).dtype
+    tokenizer, dtype = open_clip.get_tokenizer(architecture), torch.float16 if half else torch.float32
 
     def score(images, prompts, metadata):
         pictures = [preprocess(Image.fromarray(image)) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
@@ -99,15 +102,17 @@ def clip_reward(name, device):
 # ------------------------------------------------------------------------------------------------ GenEval
 
 def geneval_reward(rule, detector):
-    """GenEval's rules as a reward: exact and strict are 0 or 1, partial is a mean of terms; logs objects per picture."""
-    from eval_geneval import filter_detections, strict_score, verdicts  # late: its command line draws with all the rest
+    """GenEval's rules as a reward: exact and strict are 0 or 1, partial is a mean of terms; logs objects per picture.
+
+    -> a part of a Reward. Raises InputError for an unknown rule, without a detector, or for prompts without metadata."""
+    from eval_geneval import filter_detections, is_geneval, strict_score, verdicts  # late: its command line draws with all the rest
     if rule not in ("exact", "strict", "partial"):
         raise InputError(f"--reward geneval:{rule}: the rule must be exact, strict or partial")
     if detector is None:
         raise InputError("--reward geneval: no detector for this model; it works with --model shapes")
 
     def score(images, prompts, metadata):
-        if metadata is None or any("include" not in line or "tag" not in line for line in metadata):
+        if metadata is None or not all(map(is_geneval, metadata)):
             raise InputError("--reward geneval: every prompt needs GenEval metadata (tag, include) in the prompt file")
         found = detector(images)
         log = verdicts(metadata, found)

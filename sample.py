@@ -122,7 +122,7 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
     logits Float[B, N, K]; codes, order Long[B, N] as in Trajectory; t an int, or Long[B] where rows differ.
     kind "p2": Eq. 15, the newly unmasked alone. "p1": Eq. 14, times the probability, at every re-masked position, of a
     token less likely than threshold (Float[B] or [B, T]; None = its value under these logits); a re-masked position whose
-    tail mass is zero is left out of the product (value and gradient 0). "ar": Eq. 13, every masked position with the
+    tail mass is zero (or too small for a float) is left out of the product (value and gradient 0). "ar": Eq. 13, every masked position with the
     token drawn there (sampled Long[B, N] or [T, B, N]). Sums are float32, float64 for float64 logits.
     Raises ValueError for an unknown kind or "ar" without sampled."""
     if kind not in ("p1", "p2", "ar") or (kind == "ar" and sampled is None):
@@ -144,7 +144,7 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
         threshold = threshold[rows, t[:, 0].expand(len(rows))]
     p = logp.exp()
     mass = torch.where(p < threshold[:, None, None], p, 0).sum(-1)                                  # (B, N)
-    counts = remasked & (mass > 0)
+    counts = remasked & (mass > torch.finfo(mass.dtype).tiny)  # of a smaller one the gradient would overflow
     return log_p2 + torch.where(counts, mass, 1).log().sum(1)                                       # Eq. 14
 
 
@@ -195,7 +195,8 @@ def compute_dtype(name, device):
 def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, batch=8, **how):
     """Draw n pictures of each prompt -> uint8 [len(prompts) * n, 3, H, W] on the CPU, the pictures of a prompt together.
 
-    Picture j of prompt i depends on seeds[i] (default i) and j alone, not on batch (pictures at a time). how: for rollout()."""
+    The n pictures of prompt i depend on seeds[i] (default i) and n, not on the other prompts. batch: pictures at a time, but
+    never fewer than n. how: for rollout()."""
     pictures, per = [], max(1, batch // n)
     for i in range(0, len(prompts), per):
         chunk = prompts[i:i + per]

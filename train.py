@@ -10,13 +10,14 @@ Departures from the paper:
 - the default transition is p2 (Eq. 15), which is what the released training really computes; --transition p1 is Eq. 14;
 - Eq. 10's mean runs over all groups of all processes; a group still under the filter's bar after --max-resample is used;
 - prompts: LAION captions cannot be shipped, prompts/train.txt holds captions of our own making.
-Randomness is a function of (seed, step, prompt slot), so a run is the same on any number of processes, and when resumed.
+Randomness is a function of (seed, step, prompt slot), so a run is the same when resumed, and on another number of processes
+that together take as many prompts a step (bit for bit on a CPU; GPU kernels may differ in the last digits).
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import importlib.util
-import json
 import math
 import os
 import random
@@ -27,11 +28,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 import checkpoint
 import shapes
-from eval_geneval import verdicts
+from eval_geneval import is_geneval, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
 from model import InputError, Parser, Prompt, in_range, load_magvit, load_showo, run, to_uint8
 from reward import make_reward
@@ -76,7 +76,7 @@ def parse_args():
     g.add_argument("--temperature", type=in_range(float, 0), default=1.0, help="of the Gumbel noise in choose-and-move")
     g = p.add_argument_group("optimizer")
     g.add_argument("--lr", type=in_range(float, 0), help="peak learning rate; the paper: 3e-6 without KL, 5e-6 with")
-    g.add_argument("--warmup", type=in_range(int, 0), help="linear warm-up steps, then cosine to 0")
+    g.add_argument("--warmup", type=in_range(int, 0), help="linear warm-up steps, times a cosine from the start to 0 at the end")
     g.add_argument("--weight-decay", type=in_range(float, 0))
     g.add_argument("--max-grad-norm", type=in_range(float, 0), default=1.0, help="0 = no clipping")
     g.add_argument("--micro-batch", type=in_range(int, 1), help="pictures per forward pass of the update; memory only")
@@ -92,7 +92,7 @@ def parse_args():
     g.add_argument("--save-every", type=in_range(int, 0), help="steps between checkpoints, 0 = only the last")
     g.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model")
+    first.add_argument("--model", nargs="?")
     p.set_defaults(**PRESETS["shapes" if first.parse_known_args()[0].model == "shapes" else "showo"])
     args = p.parse_args()
     if args.loss_steps and args.loss_steps > args.unmask_steps:
@@ -113,11 +113,12 @@ def setup():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
     return rank, world, device
 
 
 def all_sum(tensor):
+    """The sum over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -161,6 +162,7 @@ class Batch:
 
 
 def empty_batch(lines, showo, args):
+    """A Batch of the right shapes, to be filled."""
     P, G, T, device = len(lines), args.group_size, args.unmask_steps, showo.device
     long = lambda *shape: torch.zeros(*shape, showo.N, dtype=torch.long, device=device)  # noqa: E731
     traj = Trajectory(long(P * G), long(P * G), torch.zeros(P * G, T, device=device),
@@ -310,15 +312,6 @@ def evaluate(step, lines, args, showo, magvit, reward, detector) -> dict:
     return row
 
 
-def before_and_after(folder):
-    """The first grid above the last one, in before_after.png."""
-    first, last = Image.open(folder / "step-000000.png"), Image.open(max(folder.glob("step-*.png")))
-    sheet = Image.new("RGB", (first.width, first.height + last.height + 8), "black")
-    sheet.paste(first, (0, 0))
-    sheet.paste(last, (0, first.height + 8))
-    sheet.save(folder / "before_after.png")
-
-
 def picture_grid(path, lines, args, showo, magvit, reward, detector):
     """Fixed evaluation prompts at evaluation settings, prompt and score under each picture."""
     pictures = generate(showo, magvit, [line["prompt"] for line in lines], T=args.eval_unmask_steps,
@@ -328,7 +321,7 @@ def picture_grid(path, lines, args, showo, magvit, reward, detector):
     grid(pictures, [f"{line['prompt']} | {v:.3g}" for line, v in zip(lines, values)], min(6, len(lines))).save(path)
 
 
-# ---------------------------------------------------------------------------------------------------- log
+# -------------------------------------------------------------------------------------------------- clock
 
 class Clock(dict):
     """Seconds by part: with clock("rollout"): ..."""
@@ -352,47 +345,6 @@ def peak_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
-class Log:
-    """metrics.jsonl, eval.jsonl, one line a step on the screen; only the first process writes."""
-
-    def __init__(self, out, args, rank, start_step):
-        self.out, self.args, self.on, self.begun, self.start = out, args, rank == 0, time.time(), start_step
-        self.wandb = None
-        if self.on:
-            checkpoint.rewind(out, start_step)
-            if args.wandb:
-                import wandb
-                self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args))
-
-    def __call__(self, name, row):
-        if self.on:
-            with open(self.out / name, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            if self.wandb:
-                self.wandb.log({f"{name.split('.')[0]}/{k}": v for k, v in row.items()}, step=row["step"])
-
-    def say(self, *words):
-        if self.on:
-            print(*words, flush=True)
-
-    def step(self, row):
-        self("metrics.jsonl", row)
-        done, steps = row["step"], self.args.steps
-        left = (time.time() - self.begun) / max(done - self.start, 1) * (steps - done)
-        bar = "#" * (20 * done // steps)
-        self.say(f"{done:5d}/{steps} [{bar:<20}] {left // 60:.0f}:{left % 60:02.0f} left | reward {row['reward_mean']:.3f} "
-                 f"zero-adv {row['adv_zero']:.2f} ratio {row['ratio_mean']:.3f} kl {row['approx_kl']:.1e} clip {row['clip_fraction']:.2f} "
-                 f"grad {row['grad_norm']:.2f} entropy {row['entropy']:.2f} lr {row['lr']:.1e} | {row['images_per_s']:.1f} img/s")
-
-
-def closing_table(out, say):
-    rows = checkpoint.read_rows(out / "eval.jsonl")
-    if len(rows) > 1:
-        say(f"\n{'':<16}{'before':>8} -> {'after':<8}  (steps {rows[0]['step']} and {rows[-1]['step']})")
-        for name in (key for key in rows[0] if key != "step"):
-            say(f"{name:<16}{rows[0][name]:8.3f} -> {rows[-1][name]:<8.3f}")
-
-
 # --------------------------------------------------------------------------------------------------- main
 
 def main():
@@ -408,11 +360,13 @@ def main():
     eval_lines = (read_prompts(args.eval_prompts) if args.eval_prompts else shapes.prompts("eval") if tiny
                   else read_prompts(here / "prompts/eval.txt"))
     shown = eval_lines[::max(1, len(eval_lines) // 12)][:12]
-    out = checkpoint.output_folder(args, rank)
     detector = shapes.detect if tiny else None
-    if detector and any("include" not in line or "tag" not in line for line in eval_lines):
-        raise InputError(f"--eval-prompts {args.eval_prompts}: shapes is scored by GenEval metadata (tag, include), which some lines lack")
+    for flag, used, needed in (("--prompts", lines, "geneval" in args.reward), ("--eval-prompts", eval_lines, tiny)):
+        for number, line in enumerate(used, 1):
+            if needed and not is_geneval(line):
+                raise InputError(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: prompt {number} lacks GenEval metadata (tag, include)")
     reward = make_reward(args.reward, device=device, detector=detector)
+    out = checkpoint.output_folder(args, rank)
 
     # the policy: logits of every position, closed over its prompts
     base = shapes.FOLDER if tiny else args.model
@@ -420,18 +374,18 @@ def main():
     magvit = load_magvit(args.vq or (shapes.FOLDER / "magvitv2" if tiny else "showlab/magvitv2"), device=device)
     showo.compute_dtype = compute_dtype(args.dtype, device)
     reference = None
-    if not args.no_kl:
+    if not args.no_kl and args.kl_beta:
         reference = load_showo(base, tokenizer=args.tokenizer, device=device).requires_grad_(False)
         reference.compute_dtype = showo.compute_dtype
     params = list(showo.parameters())
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     sample_filter = SampleFilter(args.filter_percentile, args.filter_warmup) if args.filter_low else None
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
+        optimizer.load_state_dict(resumed.pop("optimizer"))
         if sample_filter:
             sample_filter.load_state_dict(resumed["filter"])
 
-    log = Log(out, args, rank, start)
+    log = checkpoint.Log(out, args, rank, start)
     per_step = args.prompts_per_step * world
     log.say(f"{args.model}: {sum(p.numel() for p in params) / 1e6:.1f}M parameters, N {showo.N}, K {showo.K}, on {world} x {device.type}, "
             f"{'bf16' if showo.compute_dtype else 'fp32'}; {len(lines)} prompts, reward {args.reward}; output in {out}\n"
@@ -482,9 +436,9 @@ def main():
         watch(step + 1)
 
     if rank == 0 and (out / "samples/step-000000.png").exists():
-        before_and_after(out / "samples")
+        checkpoint.before_and_after(out / "samples")
     done = max(args.steps - start, 1)
-    closing_table(out, log.say)
+    checkpoint.closing_table(out, log.say)
     log.say("\nseconds per step: " + ", ".join(f"{k} {v / done:.2f}" for k, v in total.items() if k != "eval")
             + f"; all evaluations {total.get('eval', 0):.0f} s; peak memory {peak_gib(device):.2f} GiB; {out}")
 

@@ -1,9 +1,11 @@
 import json
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact comparisons: the CPU on every machine
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT, DATA = Path(__file__).parent.parent, Path(__file__).parent / "data"
 sys.path.insert(0, str(ROOT))

@@ -121,13 +121,14 @@ def test_sampled_frequencies_of_next_states_match_eq_14():
 
 
 def test_zero_tail_mass_is_finite_in_value_and_gradient():
-    for logits in (torch.zeros(2, 6, 4), torch.tensor([0.0, 60, -60, 200]).expand(2, 6, 4)):
+    for logits in (torch.zeros(2, 6, 4), torch.tensor([0.0, 60, -60, 200]).expand(2, 6, 4), torch.tensor([0.0, 95, -1, -3]).expand(2, 6, 4)):
         logits = logits.clone().requires_grad_()
         order = torch.tensor([[0, 0, 1, 1, 1, 1]]).expand(2, 6)
         value = transition_log_prob(logits, torch.full((2, 6), 1), order, 0, "p1")
         value.sum().backward()
         assert value.isfinite().all() and logits.grad.isfinite().all()
-    assert logits.grad[:, 2:].abs().max() == 0     # nothing lies under the threshold there
+        if logits[0, 0, 1] != 95:
+            assert logits.grad[:, 2:].abs().max() == 0     # nothing lies under the threshold there
 
 
 def test_half_precision_logits_are_summed_in_float32():
