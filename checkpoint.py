@@ -117,6 +117,7 @@ class Log:
             print(*words, flush=True)
 
     def step(self, row):
+        """One optimizer step: a row of metrics.jsonl, and a line with a progress bar and the time left."""
         self("metrics.jsonl", row)
         done, steps = row["step"], self.args.steps
         left = (time.time() - self.begun) / max(done - self.start, 1) * (steps - done)

@@ -47,6 +47,7 @@ PRESETS = {
 
 
 def parse_args():
+    """The flags, with the defaults of --model filled in; a bad one ends the program with one line and exit code 2."""
     p = Parser("Train a masked text-to-image model with Mask-GRPO. Defaults with --model shapes differ; they are printed at the start.")
     g = p.add_argument_group("what")
     g.add_argument("--model", default="showlab/show-o-512x512", help="hub id, folder or state_dict of Show-o; shapes = the tiny base")
