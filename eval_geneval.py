@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model import Parser, in_range, run
+from sample import Parser, add_model_flags, drawer, in_range, read_prompts, run
 
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, OVERLAP = 0.3, 0.9, 16, 0.1
@@ -233,7 +233,6 @@ def score_folder(out, detect) -> list[dict]:
 
 
 def main():
-    from sample import add_model_flags, drawer, read_prompts
     from shapes import detect
     from shapes import prompts as shapes_prompts
     p = Parser("Draw the evaluation prompts, detect, score: results.jsonl, summary.txt, summary.json.")

@@ -11,18 +11,17 @@ Departures from Show-o's own code: a prompt that spells a special token ("<|soi|
 control token; the text part is computed once per prompt (it never sees the image), and columns that are padding in every
 prompt not at all (rotary embeddings are relative, so both are exact).
 """
-import argparse
 import json
 import os
-import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 try:
     import torchvision  # noqa: F401  (transformers and open_clip import it when it is installed)
@@ -42,6 +41,8 @@ PHI_1_5 = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, n
                max_position_embeddings=2048, hidden_act="gelu_new", layer_norm_eps=1e-5, rope_theta=10000.0,
                partial_rotary_factor=0.5)
 WEIGHT_NAMES = [stem + ext for ext in (".safetensors", ".bin") for stem in ("pytorch_model", "model")]
+FILES = {"config": ["config.json", "phi_config.json"], "weights": ["pytorch_model*", "model*"],
+         "tokenizer": ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]}
 
 
 class InputError(ValueError):
@@ -163,45 +164,54 @@ class Showo(nn.Module):
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)
 
     def save(self, folder):
-        """Write Show-o's layout: config.json, pytorch_model.safetensors, phi_config.json, tokenizer files."""
+        """Write Show-o's layout (config.json, pytorch_model.safetensors) with the tokenizer's files and phi_config.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        _write_json(folder / "config.json", self.config)
         sizes = {key: getattr(self.phi_config, key) for key in PHI_1_5 if hasattr(self.phi_config, key)}
         sizes |= {key: self.phi_config.rope_parameters[key] for key in ("rope_theta", "partial_rotary_factor")}
-        (folder / "phi_config.json").write_text(json.dumps({"model_type": "phi", **sizes}, indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "pytorch_model.safetensors",
-                  metadata={"format": "pt"})
+        _write_json(folder / "phi_config.json", {"model_type": "phi", **sizes})
+        _write_weights(folder / "pytorch_model.safetensors", self.state_dict())
 
 
-def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.float32) -> Showo:
+def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.float32, revision=None, like=None) -> Showo:
     """A folder or hub id with config.json and weights, or a bare state_dict file (.pth, .bin, .safetensors) -> Showo.
 
-    A bare file takes its sizes from a config.json beside it, else from its weights, with 1024 image tokens. tokenizer: folder
-    or hub id; None = the folder's own files if it has them, else microsoft/phi-1_5.
+    tokenizer: folder or hub id; None = the folder's own files if it has them, else microsoft/phi-1_5. dtype: weights are
+    cast one by one while loading. revision: of the hub repository, as is NAME@REVISION for every hub id. like: the folder or
+    hub id whose config.json a bare file takes when none lies beside it; None = sizes from its weights, 1024 image tokens.
     Raises InputError when a file is missing or unreadable, or a weight is missing, surplus or of another shape."""
-    path = _fetch(path_or_hub_id, ["config.json", "phi_config.json", "pytorch_model*", "model*", "tokenizer*", "vocab.json",
-                                   "merges.txt", "special_tokens_map.json", "added_tokens.json"])
+    path = _fetch(path_or_hub_id, ["config", "weights"], ["tokenizer"], revision)
     folder = path if path.is_dir() else path.parent
-    if tokenizer is None:
-        tokenizer = folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"
-    try:
-        text = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--tokenizer {tokenizer}: cannot load it ({_first_line(error)}); name a folder with "
-                         "tokenizer.json or a hub id") from None
-    state = {k: v for k, v in read_weights(path).items() if not k.startswith("mm_projector.")}
+    if path.is_file() and like and not (folder / "config.json").exists():
+        folder = _fetch(like, ["config"], ["tokenizer"])
+    text = load_tokenizer(tokenizer or (folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"))
+    state = read_weights(path, device=device, dtype=dtype)
     phi = _read_json(folder / "phi_config.json") if (folder / "phi_config.json").exists() else {}
     if path.is_dir() or (folder / "config.json").exists():
         config = _read_json(folder / "config.json")
     else:
         config, phi = _infer_config(path, state, len(text), phi)
+    unused = [name for name in state if name.startswith("mm_projector.")]
+    if unused:
+        config |= {"w_clip_vit": False}  # what save() writes has none of them
+        warnings.warn(f"{path_or_hub_id}: its mm_projector ({len(unused)} weights, for understanding pictures) is not used", stacklevel=2)
     with torch.device("meta"):
         model = Showo(config, phi, text)
-    _load_strict(model, {k: v.to(device=device, dtype=dtype) for k, v in state.items()}, path)
+    _load_strict(model, {name: weight for name, weight in state.items() if name not in unused}, path)
     model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.phi_config).to(device)
     return model.eval()
+
+
+def load_tokenizer(path_or_hub_id):
+    """A folder or hub id (NAME@REVISION pins it) -> transformers' tokenizer; raises InputError."""
+    path = _fetch(path_or_hub_id, ["tokenizer"])
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--tokenizer {path_or_hub_id}: cannot load it ({_first_line(error)}); name a folder with "
+                         "tokenizer.json or a hub id") from None
 
 
 def _infer_config(path, state, n_text, phi):
@@ -213,9 +223,9 @@ def _infer_config(path, state, n_text, phi):
         raise InputError(f"{path}: not a Show-o state_dict, {error} is missing") from None
     layers = 24 if hidden == PHI_1_5["hidden_size"] else 1 + max(int(k.split(".")[3]) for k in state if ".layers." in k)
     sizes = dict(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_hidden_layers=layers)
-    config = {"_class_name": "Showo", "vocab_size": vocab, "llm_vocab_size": n_text, "mask_token_id": vocab - 1,
-              "codebook_size": vocab - n_text - len(SPECIALS) - 1, "num_vq_tokens": 1024, "w_clip_vit": False,
-              "llm_model_path": "microsoft/phi-1_5", "load_from_showo": True}
+    config = {"_class_name": "Showo", "_diffusers_version": "0.30.1", "codebook_size": vocab - n_text - len(SPECIALS) - 1,
+              "llm_model_path": "microsoft/phi-1_5", "llm_vocab_size": n_text, "load_from_showo": True,
+              "mask_token_id": vocab - 1, "num_vq_tokens": 1024, "vocab_size": vocab, "w_clip_vit": False}
     return config, {**sizes, **phi}
 
 
@@ -346,30 +356,28 @@ class MAGVITv2(nn.Module):
     def decode(self, codes, shape=None):
         """codes Long[B, N] -> Float[B, 3, H, W], about [-1, 1], not clamped; shape (h, w) of the code grid, None = square.
 
-        Raises ValueError when the codes do not fill the grid."""
+        Chunks of about 1024 codes (a 512 x 512 picture) keep its memory small. Raises ValueError when the codes do not fill the grid."""
         h, w = shape or (int(codes.shape[1] ** 0.5),) * 2
         if h * w != codes.shape[1]:
             raise ValueError(f"{codes.shape[1]} codes do not fill a {h} x {w} grid; give shape=(h, w)")
-        z = self.quantize.embedding[codes].unflatten(1, (h, w)).permute(0, 3, 1, 2)
-        return self.decoder(z.contiguous())
+        z = self.quantize.embedding[codes].unflatten(1, (h, w)).permute(0, 3, 1, 2).contiguous()
+        return torch.cat([self.decoder(part) for part in z.split(max(1, 1024 // (h * w)))])
 
     def save(self, folder, dtype=torch.float32):
         """Write config.json and model.safetensors, floating-point weights as dtype."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"_class_name": "MAGVITv2", **self.config}, indent=2) + "\n")
-        save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in self.state_dict().items()},
-                  folder / "model.safetensors", metadata={"format": "pt"})
+        _write_json(folder / "config.json", {"_class_name": "MAGVITv2", **self.config})
+        _write_weights(folder / "model.safetensors", {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.state_dict().items()})
 
 
 def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
     """A folder or hub id (showlab/magvitv2) with config.json and weights -> MAGVITv2 in float32; raises InputError."""
-    path = _fetch(path_or_hub_id, ["config.json", "pytorch_model*", "model*"])
+    path = _fetch(path_or_hub_id, ["config", "weights"])
     config = _read_json(path / "config.json")
     with torch.device("meta"):
         model = MAGVITv2(**{k: config[k] for k in ("encoder", "decoder") if k in config})
-    _load_strict(model, {k: v.to(device, torch.float32) if v.is_floating_point() else v.to(device)
-                         for k, v in read_weights(path).items()}, path)
+    _load_strict(model, read_weights(path, device=device, dtype=torch.float32), path)
     return model.eval().requires_grad_(False)
 
 
@@ -380,29 +388,51 @@ def to_uint8(images):
 
 # ------------------------------------------------------------------------------------------- weight files
 
-def read_weights(path) -> dict:
-    """A weight file, or a folder with one (or with shards and their index) -> state_dict. No pickled objects are run."""
+def read_weights(path, *, device="cpu", dtype=None) -> dict:
+    """A weight file, or a folder with one (or with shards and their index) -> state_dict. No pickled objects are run.
+
+    Files are mapped: a weight that stays on the CPU as it is costs no copy, others are moved and cast (those in floating
+    point, to dtype) one by one. Raises InputError."""
     path = Path(path)
     if path.is_dir():
         for name in WEIGHT_NAMES:
             if (path / name).exists():
-                return read_weights(path / name)
+                return read_weights(path / name, device=device, dtype=dtype)
             if (path / (name + ".index.json")).exists():
                 shards = sorted(set(_read_json(path / (name + ".index.json")).get("weight_map", {}).values()))
-                return {k: v for shard in shards for k, v in read_weights(path / shard).items()}
+                return {k: v for shard in shards for k, v in read_weights(path / shard, device=device, dtype=dtype).items()}
         raise InputError(f"{path}: no weights there; expected one of {', '.join(WEIGHT_NAMES)}")
+    move = lambda weight: weight.to(device, dtype if dtype and weight.is_floating_point() else weight.dtype)  # noqa: E731
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _read_safetensors(path, move)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
-        if isinstance(error, (KeyboardInterrupt, MemoryError)):
-            raise
         raise InputError(f"{path}: cannot be read as a {'safetensors' if isinstance(error, SafetensorError) else 'weights'} "
                          f"file ({_first_line(error)}); fetch or copy it again") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path}: not a state_dict (a flat mapping from names to tensors)")
+    return {name: move(weight) for name, weight in state.items()}
+
+
+def _read_safetensors(path, move):
+    file, state = safe_open(path, framework="pt"), {}
+    for name in file.keys():
+        weight = file.get_tensor(name)
+        state[name] = move(weight)
+        if state[name] is not weight:
+            del weight
+            file = safe_open(path, framework="pt")  # the old mapping goes, and the pages read through it
     return state
+
+
+def _write_weights(path, state):
+    """Aside, then renamed: the weights may be mapped from the very file they replace."""
+    aside = path.with_name("." + path.name)
+    save_file({name: weight.contiguous() for name, weight in state.items()}, aside, metadata={"format": "pt"})
+    os.replace(aside, path)
 
 
 def _load_strict(model, state, path):
@@ -417,20 +447,29 @@ def _load_strict(model, state, path):
     model.load_state_dict(state, assign=True)
 
 
-def _fetch(path_or_hub_id, patterns) -> Path:
+def _fetch(path_or_hub_id, needed, optional=(), revision=None) -> Path:
+    """A local path as it is; else the files of a hub repository (NAME or NAME@REVISION), which may be in the hub's cache."""
     path = Path(path_or_hub_id)
     if path.parts[:1] == ("shapes",):  # the embedded default, from any working folder
         path = Path(__file__).parent / path
     if path.exists():
         return path
-    if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
+    name, _, pinned = str(path_or_hub_id).partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{path_or_hub_id}: no such file or folder, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
+    revision, missing = revision or pinned or None, needed
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=[f for kind in (*needed, *optional) for f in FILES[kind]]))
+        missing = [kind for kind in needed if not any(True for pattern in FILES[kind] for _ in path.glob(pattern))]
+        why = "the repository, or its copy in the hub's cache, lacks them"
     except Exception as error:  # the hub client's network errors have no common class
-        raise InputError(f"{path_or_hub_id}: not a local folder, and fetching it from the hub failed "
-                         f"({_first_line(error)}); check the name and the network, or download it and give the folder") from None
+        why = _first_line(error)
+    if missing:
+        files = [f for kind in missing for f in FILES[kind]]
+        raise InputError(f"{path_or_hub_id}: not a local folder, and on the hub or in its cache these are missing: {', '.join(files)} ({why}); "
+                         f"check the name, or where there is network run: hf download {name}{f' --revision {revision}' if revision else ''}")
+    return path
 
 
 def _read_json(path) -> dict:
@@ -440,40 +479,9 @@ def _read_json(path) -> dict:
         raise InputError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
 
 
+def _write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def _first_line(error) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-# ------------------------------------------------------------------------------------------ command lines
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose --help shows the defaults."""
-
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def in_range(kind, low, high=float("inf")):
-    """An argparse type: kind (int or float) between low and high, both included."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {f'at least {low}' if high == float('inf') else f'from {low} to {high}'}")
-        return value
-    return parse
-
-
-def run(main):
-    """Call main(); an InputError becomes one line and exit code 2."""
-    try:
-        main()
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -14,8 +14,12 @@ stays masked in the last state and never enters the loss); min(cs_t) of Eq. 14 i
 its second factor); a group is one batch. Kept from it: the compounding temperature (`annealing="compound"`).
 Departure from the paper: the default transition is Eq. 15 (p2), which is what the released training really computes.
 """
+import argparse
 import json
 import math
+import os
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,41 +158,62 @@ def _at(logp, tokens):
 
 # ------------------------------------------------------------------------------------- pictures from Show-o
 
-from model import InputError, Parser, in_range, load_magvit, load_showo, run, to_uint8  # noqa: E402  (not needed above)
+from model import InputError, load_magvit, load_showo, to_uint8  # noqa: E402  (not needed above)
 
 
 def add_model_flags(p):
     """--model, --ckpt, --vq, --tokenizer, --device, --dtype and the sampler's settings, shared with eval_geneval.py."""
     p.add_argument("--model", default="showlab/show-o-512x512", help="hub id, folder or state_dict of Show-o; shapes = the tiny base")
     p.add_argument("--ckpt", help="weights to use in place of the model's: a checkpoint folder of train.py, or a state_dict")
+    p.add_argument("--revision", help="commit or tag of the model's hub repository; ID@REVISION does the same for any hub id")
     p.add_argument("--vq", help="hub id or folder of MAGVIT-v2 (default: showlab/magvitv2, or that of shapes)")
     p.add_argument("--tokenizer", help="hub id or folder of the text tokenizer (default: the model's own, or microsoft/phi-1_5)")
     p.add_argument("--steps", type=in_range(int, 1), help="T, unmasking iterations (default: 50; shapes 16)")
     p.add_argument("--cfg", type=in_range(float, 0), help="guidance, 0 = none (default: 5; shapes 0)")
     p.add_argument("--temperature", type=in_range(float, 0), default=1.0, help="of the Gumbel noise in choose-and-move")
     p.add_argument("--schedule", choices=["cosine", "linear"], default="cosine")
-    p.add_argument("--annealing", choices=["compound", "linear", "none"], default="compound", help="of the temperature")
+    p.add_argument("--annealing", choices=["compound", "linear", "none"], default="compound", help="of the temperature; compound is Show-o's")
     p.add_argument("--batch", type=in_range(int, 1), help="pictures at a time (default: 8; shapes 256)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the computation; auto: bf16 on a GPU")
+    p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the weights, cast while loading; auto: bf16 on a GPU")
+
+
+def load_models(model, *, ckpt=None, vq=None, tokenizer=None, revision=None, device="cpu", dtype=torch.float32):
+    """Show-o and its image tokenizer -> (Showo, MAGVITv2, a line that says what was loaded). model "shapes" = the tiny base;
+    ckpt: weights in place of the model's. Raises InputError, also when the two do not share a codebook."""
+    where, images = ckpt or model, vq or ("shapes/magvitv2" if model == "shapes" else "showlab/magvitv2")
+    showo = load_showo(where, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, like=model)
+    magvit = load_magvit(images, device=device)
+    if len(magvit.quantize.embedding) != showo.K:
+        raise InputError(f"--vq {images}: has {len(magvit.quantize.embedding)} codes, but {where} {showo.K}; they do not belong together")
+    size = lambda model: f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"  # noqa: E731
+    phi = showo.phi_config
+    return showo, magvit, (
+        f"Show-o from {where}: {size(showo)} in {str(dtype)[6:]}, {phi.num_hidden_layers} layers of {phi.hidden_size}, N {showo.N}, "
+        f"K {showo.K}; MAGVIT-v2 from {images}: {size(magvit)}; on {device}, peak memory of the load {peak_gib(device):.2f} GiB")
 
 
 def drawer(args):
     """The flags of add_model_flags -> draw(prompts, n, seeds) -> uint8 [len(prompts) * n, 3, H, W]; loads the models."""
-    tiny = args.model == "shapes"
-    steps, cfg, batch = (default if value is None else value for value, default in
-                         zip((args.steps, args.cfg, args.batch), (16, 0.0, 256) if tiny else (50, 5.0, 8)))
-    tokenizer = args.tokenizer or (Path(__file__).parent / "shapes" if tiny else None)
-    showo = load_showo(args.ckpt or args.model, tokenizer=tokenizer, device=args.device)
-    magvit = load_magvit(args.vq or ("shapes/magvitv2" if tiny else "showlab/magvitv2"), device=args.device)
-    showo.compute_dtype = compute_dtype(args.dtype, showo.device)
+    steps, cfg, batch = (default if value is None else value for value, default in zip(
+        (args.steps, args.cfg, args.batch), (16, 0.0, 256) if args.model == "shapes" else (50, 5.0, 8)))
+    showo, magvit, said = load_models(args.model, ckpt=args.ckpt, vq=args.vq, tokenizer=args.tokenizer, revision=args.revision,
+                                      device=args.device, dtype=half_or_float(args.dtype, args.device))
+    print(said, flush=True)
     how = dict(T=steps, guidance=cfg, batch=batch, schedule=args.schedule, annealing=args.annealing, temperature=args.temperature)
     return lambda prompts, n, seeds: generate(showo, magvit, prompts, n=n, seeds=seeds, **how)
 
 
-def compute_dtype(name, device):
-    """--dtype -> torch.bfloat16, or None for float32; auto: bf16 on a GPU."""
-    return torch.bfloat16 if name == "bf16" or (name == "auto" and torch.device(device).type == "cuda") else None
+def half_or_float(name, device):
+    """--dtype -> torch.bfloat16 or torch.float32; auto: bf16 on a GPU."""
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and torch.device(device).type == "cuda") else torch.float32
+
+
+def peak_gib(device) -> float:
+    """The most memory this process has held so far, in GiB: of the GPU, or resident on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
 @torch.no_grad()
@@ -255,6 +280,41 @@ def read_prompts(path) -> list[dict]:
     if not out:
         raise InputError(f"--prompts {path}: no prompts in it")
     return out
+
+
+# ------------------------------------------------------------------------------------------ command lines
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and whose --help shows the defaults."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def in_range(kind, low, high=float("inf")):
+    """An argparse type: kind (int or float) between low and high, both included."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {f'at least {low}' if high == float('inf') else f'from {low} to {high}'}")
+        return value
+    return parse
+
+
+def run(main):
+    """Call main(); an InputError becomes one line and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main():

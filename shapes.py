@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import SPECIALS, MAGVITv2, Parser, Prompt, Showo, in_range, run
+from model import SPECIALS, MAGVITv2, Prompt, Showo
+from sample import Parser, in_range, run
 
 FOLDER = Path(__file__).parent / "shapes"
 CELL, GRID, BITS = 8, 4, 6

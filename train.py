@@ -21,7 +21,6 @@ import importlib.util
 import math
 import os
 import random
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,10 @@ import checkpoint
 import shapes
 from eval_geneval import is_geneval, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
-from model import InputError, Parser, Prompt, in_range, load_magvit, load_showo, run, to_uint8
+from model import InputError, Prompt, load_showo, to_uint8
 from reward import make_reward
-from sample import Trajectory, compute_dtype, generate, grid, read_prompts, rollout, transition_log_prob
+from sample import (Parser, Trajectory, generate, grid, half_or_float, in_range, load_models, peak_gib, read_prompts, rollout, run,
+                    transition_log_prob)
 
 PRESETS = {
     "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, eval_unmask_steps=50, eval_guidance=5.0,
@@ -51,6 +51,7 @@ def parse_args():
     p = Parser("Train a masked text-to-image model with Mask-GRPO. Defaults with --model shapes differ; they are printed at the start.")
     g = p.add_argument_group("what")
     g.add_argument("--model", default="showlab/show-o-512x512", help="hub id, folder or state_dict of Show-o; shapes = the tiny base")
+    g.add_argument("--revision", help="commit or tag of the model's hub repository; ID@REVISION does the same for any hub id")
     g.add_argument("--vq", help="hub id or folder of MAGVIT-v2 (default: showlab/magvitv2, or that of shapes)")
     g.add_argument("--tokenizer", help="hub id or folder of the text tokenizer (default: the model's own, or microsoft/phi-1_5)")
     g.add_argument("--prompts", help="txt, or jsonl with prompt, optional reward_prompt and metadata (default: prompts/train.txt)")
@@ -188,7 +189,7 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> B
                                generator=[generator(device, args.seed, step, first + i, attempt) for i in chosen],
                                temperature=args.temperature, keep_sampled=args.transition == "ar")
             with clock("decode"), torch.no_grad():
-                images = torch.cat([to_uint8(magvit.decode(codes)) for codes in traj.codes.split(args.micro_batch)])
+                images = to_uint8(magvit.decode(traj.codes))
             with clock("reward"):
                 values = reward(images, [line.get("reward_prompt", line["prompt"]) for line in asked], asked)
             for name in ("codes", "order", "threshold"):
@@ -340,18 +341,12 @@ class Clock(dict):
         self[part] = self.get(part, 0.0) + time.perf_counter() - start
 
 
-def peak_gib(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-
 # --------------------------------------------------------------------------------------------------- main
 
 def main():
     args = parse_args()
     rank, world, device = setup()
-    folder, resumed = checkpoint.find(args) if args.resume else (args.model, None)
+    folder, resumed = checkpoint.find(args) if args.resume else (None, None)
     start = resumed["step"] if resumed else 0
     tiny = args.model == "shapes"
 
@@ -370,13 +365,12 @@ def main():
     out = checkpoint.output_folder(args, rank)
 
     # the policy: logits of every position, closed over its prompts
-    base = shapes.FOLDER if tiny else args.model
-    showo = load_showo(base if folder == args.model else folder, tokenizer=args.tokenizer, device=device)
-    magvit = load_magvit(args.vq or (shapes.FOLDER / "magvitv2" if tiny else "showlab/magvitv2"), device=device)
-    showo.compute_dtype = compute_dtype(args.dtype, device)
+    showo, magvit, loaded = load_models(args.model, ckpt=folder, vq=args.vq, tokenizer=args.tokenizer, revision=args.revision, device=device)
+    if half_or_float(args.dtype, device) != torch.float32:
+        showo.compute_dtype = torch.bfloat16
     reference = None
     if not args.no_kl and args.kl_beta:
-        reference = load_showo(base, tokenizer=args.tokenizer, device=device).requires_grad_(False)
+        reference = load_showo(args.model, tokenizer=args.tokenizer, device=device, revision=args.revision).requires_grad_(False)
         reference.compute_dtype = showo.compute_dtype
     params = list(showo.parameters())
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
@@ -388,8 +382,8 @@ def main():
 
     log = checkpoint.Log(out, args, rank, start)
     per_step = args.prompts_per_step * world
-    log.say(f"{args.model}: {sum(p.numel() for p in params) / 1e6:.1f}M parameters, N {showo.N}, K {showo.K}, on {world} x {device.type}, "
-            f"{'bf16' if showo.compute_dtype else 'fp32'}; {len(lines)} prompts, reward {args.reward}; output in {out}\n"
+    log.say(f"{loaded}\n{world} x {device.type}, computing in {showo.compute_dtype or torch.float32}; {len(lines)} prompts, "
+            f"reward {args.reward}; output in {out}\n"
             f"one step: {per_step} prompts x {args.group_size} = {per_step * args.group_size} pictures, x "
             f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations = "
             f"{per_step * args.group_size * len(loss_iterations(0, args))} trajectory steps, over all processes\n"

@@ -1,7 +1,13 @@
 """model.py against numbers made by Show-o's own code (tests/data/README.md)."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import DATA, read_json
+from conftest import DATA, ROOT, read_json
 from safetensors.torch import load_file, save_file
 
 from model import InputError, MAGVITv2, Showo, load_magvit, load_showo, read_weights, to_uint8
@@ -102,10 +108,89 @@ def test_every_layout_loads_the_same(showo, tmp_path):
         assert (other.K, other.code_offset, other.text_vocab) == (showo.K, showo.code_offset, showo.text_vocab)
 
 
+def test_a_bare_file_takes_the_config_of_the_model_it_belongs_to(showo, tmp_path):
+    shutil.copy(DATA / "showo/checkpoint/pytorch_model.safetensors", tmp_path / "mine.safetensors")
+    assert load_showo(tmp_path / "mine.safetensors", tokenizer=TOKENIZER).N == 1024
+    assert load_showo(tmp_path / "mine.safetensors", tokenizer=TOKENIZER, like=DATA / "showo/checkpoint").config == showo.config
+
+
+def test_save_writes_what_show_o_wrote(showo, tmp_path):
+    showo.save(tmp_path)
+    ours, theirs = (load_file(folder / "pytorch_model.safetensors") for folder in (tmp_path, DATA / "showo/checkpoint"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], v) and ours[k].dtype == v.dtype for k, v in theirs.items())
+    assert json.loads((tmp_path / "config.json").read_text()) == read_json("showo/checkpoint/config.json")
+
+
+def test_saving_over_the_file_that_is_mapped(tmp_path):
+    for name in ("config.json", "phi_config.json", "pytorch_model.safetensors"):
+        shutil.copy(DATA / "showo/checkpoint" / name, tmp_path)
+    model = load_showo(tmp_path, tokenizer=TOKENIZER)
+    model.save(tmp_path)
+    model.save(tmp_path)
+    before, after = (load_file(folder / "pytorch_model.safetensors") for folder in (DATA / "showo/checkpoint", tmp_path))
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_the_projector_of_the_clip_variant_is_reported_and_left_out(showo, tmp_path):
+    extra = {f"mm_projector.{i}.{kind}": torch.zeros(4) for i in (0, 2) for kind in ("weight", "bias")}
+    official = read_json("showo/showo_512_manifest.json")
+    assert official["w_clip_vit_true"]["tensors"].keys() - official["w_clip_vit_false"]["tensors"].keys() == extra.keys()
+    (tmp_path / "phi_config.json").write_text((DATA / "showo/checkpoint/phi_config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(read_json("showo/checkpoint/config.json") | {"w_clip_vit": True}))
+    save_file(dict(showo.state_dict()) | extra, tmp_path / "pytorch_model.safetensors")
+    with pytest.warns(UserWarning, match="mm_projector .4 weights") as seen:
+        model = load_showo(tmp_path, tokenizer=TOKENIZER)
+    assert len(seen) == 1 and model.state_dict().keys() == showo.state_dict().keys() and model.config == showo.config
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_half_precision(showo, expected, how):
+    tensors, cases = expected
+    half = load_showo(DATA / "showo/checkpoint", tokenizer=TOKENIZER, dtype=torch.bfloat16 if how == "weights" else torch.float32)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16 if how == "weights" else torch.float32}
+    half.compute_dtype = torch.bfloat16 if how == "autocast" else None
+    for case in ("single", "batch4", "partial4"):
+        codes, wanted = tensors[f"{case}.input_ids"][:, -17:-1] - showo.code_offset, tensors[f"{case}.image_logits"]
+        with torch.no_grad():
+            logits = half.logits(codes, half.encode(cases[case]["prompts"], 16))
+        assert logits.dtype == torch.float32 and (logits - wanted).norm() < 2e-2 * wanted.norm()
+        assert (logits - wanted).abs().max() < 2e-2 * wanted.abs().max() and not torch.equal(logits, wanted)
+
+
+def test_hub_cache_and_revisions_without_network(showo, tmp_path):
+    """A cache as huggingface_hub lays it out, with two commits; offline, in processes of their own."""
+    repo = tmp_path / "models--somebody--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text("a" * 40)
+    for commit, shift in (("a" * 40, 0), ("b" * 40, 1)):
+        shutil.copytree(DATA / "showo/checkpoint", repo / "snapshots" / commit)
+        shutil.copytree(TOKENIZER, repo / "snapshots" / commit, dirs_exist_ok=True)
+        save_file({k: v + shift for k, v in showo.state_dict().items()}, repo / "snapshots" / commit / "pytorch_model.safetensors")
+    (tmp_path / "models--somebody--half/snapshots" / ("c" * 40)).mkdir(parents=True)
+    (tmp_path / "models--somebody--half/refs").mkdir()
+    (tmp_path / "models--somebody--half/refs/main").write_text("c" * 40)
+    code = """
+from model import InputError, load_showo
+bias = lambda *a, **k: load_showo(*a, **k).showo.lm_head.bias.double().mean().item()
+print(bias("somebody/tiny"), bias("somebody/tiny@" + "b" * 40), bias("somebody/tiny", revision="b" * 40))
+for name in ("somebody/half", "somebody/absent"):
+    try:
+        load_showo(name)
+    except InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    values, half, absent = done.stdout.splitlines()
+    main, at, revision = map(float, values.split())
+    assert main == pytest.approx(showo.showo.lm_head.bias.double().mean().item()) and at == revision == pytest.approx(main + 1)
+    for said, name in ((half, "somebody/half"), (absent, "somebody/absent")):
+        assert said.startswith(f"{name}: ") and "config.json" in said and "pytorch_model" in said and f"hf download {name}" in said
+
+
 def test_save_and_load_again(showo, tmp_path):
     showo.save(tmp_path / "saved")
     again = load_showo(tmp_path / "saved")
-    assert load_file(tmp_path / "saved/pytorch_model.safetensors").keys() == showo.state_dict().keys()
     prompt, codes = showo.encode(["a red cat"]), torch.full((1, 16), showo.K)
     with torch.no_grad():
         assert torch.equal(again.logits(codes, again.encode(["a red cat"])), showo.logits(codes, prompt))
@@ -133,6 +218,8 @@ def test_magvit():
         torch.testing.assert_close(model.decode(expected["decode_rect.indices"], (4, 6)), expected["decode_rect.pixels"], **close)
     difference = to_uint8(pixels).permute(0, 2, 3, 1).int() - expected["decode.uint8"].int()
     assert difference.abs().max() <= 1
+    many = expected["decode.indices"].repeat(17, 1)                     # 34 x 64 codes: three chunks
+    torch.testing.assert_close(model.decode(many), expected["decode.pixels"].repeat(17, 1, 1, 1), **close)
     with pytest.raises(ValueError, match="24 codes"):
         model.decode(expected["decode_rect.indices"])
 

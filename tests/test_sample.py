@@ -199,6 +199,59 @@ def test_misuse_is_said(call):
         call()
 
 
+def plain_sampler(showo, text, B, T, generator):
+    """Show-o's sampling loop without any of our short cuts: every position of the padded row, the whole head, an additive mask,
+    a plain sort for the cut-off -> the final codes Long[B, N]."""
+    N, L = showo.N, len(text) + showo.N + 2
+    image = torch.arange(L) >= len(text)
+    sees = (torch.arange(L)[:, None] >= torch.arange(L)) | (image[:, None] & image)
+    codes = torch.full((B, N), showo.code_offset + showo.K)
+    temperature = 1.0
+    for t in range(T):
+        row = torch.cat([text.expand(B, -1), torch.full((B, 1), showo.soi), codes, torch.full((B, 1), showo.eoi)], 1)
+        mask = torch.where(sees & (row != showo.pad)[:, None] | torch.eye(L, dtype=torch.bool), 0.0, -1e9)[:, None]
+        logits = showo.showo(input_ids=row, attention_mask=mask, position_ids=torch.arange(L)[None]).logits
+        probs = logits[:, -N - 1:-1, showo.code_offset:-1].softmax(-1)
+        drawn = torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(B, N)
+        unknown = codes == showo.code_offset + showo.K
+        drawn = torch.where(unknown, drawn, codes - showo.code_offset)
+        conf = probs.gather(2, drawn[..., None])[..., 0].log().masked_fill(~unknown, math.inf)
+        temperature *= 1 - (t + 1) / T
+        conf += temperature * -torch.rand(B, N, generator=generator).clamp(1e-9).log().neg().log()
+        stay = max(1, min(int(unknown[0].sum()) - 1, math.floor(N * math.cos(math.pi / 2 * (t + 1) / T))))
+        cut = conf.sort(1).values[:, stay - 1:stay]
+        codes = torch.where(conf <= cut, showo.code_offset + showo.K, drawn + showo.code_offset)
+    return drawn
+
+
+def test_marginals_are_those_of_a_plain_sampler():
+    """20,000 samples each; chi-square of two histograms at every position, and of the pairs of neighbouring codes (mod 8)."""
+    from scipy.stats import chi2
+
+    from model import load_showo
+    showo = load_showo(DATA / "showo/checkpoint", tokenizer=DATA / "prompting/tokenizer")
+    T, B, times, g = 3, 200, 100, torch.Generator().manual_seed(0)
+    prompt = showo.prefill(showo.encode(["a red cat"], 16))
+    text, shared = showo.encode(["a red cat"], 16).ids[0], prompt.repeat(B)
+    with torch.no_grad():
+        plain = torch.cat([plain_sampler(showo, text, B, T, g) for _ in range(times)])
+        sample = lambda n, **how: torch.cat([rollout(lambda codes: showo.logits(codes, shared),  # noqa: E731
+                                                     B, showo.N, showo.K, T, generator=g, **how).codes for _ in range(n)])
+        ours, other = sample(times), sample(times // 4, annealing="none")
+
+    def distance(a, b):
+        """-> chi-square over its limit at 1e-4 after Bonferroni, the largest over the histograms."""
+        a, b = (torch.cat([x, 64 + 8 * (x % 8) + (x % 8).roll(1, 1)], 1) for x in (a, b))
+        worst, columns = 0, a.shape[1]
+        for i in range(columns):
+            n, m = (torch.bincount(x[:, i], minlength=128).double() for x in (a, b))
+            used, r = n + m > 0, (len(a) / len(b)) ** 0.5
+            worst = max(worst, ((n / r - m * r)[used] ** 2 / (n + m)[used]).sum().item() / chi2.isf(1e-4 / columns, int(used.sum()) - 1))
+        return worst
+    assert distance(ours, plain) < 1
+    assert distance(other, plain) > 1, "another annealing must be told apart"
+
+
 def test_pictures_do_not_depend_on_the_batch(base):
     prompts = ["a photo of a red circle", "a photo of two stars", "a photo of a moon"]
     one, many = (generate(*base, prompts, n=2, T=8, guidance=0.0, seeds=[3, 4, 5], batch=b) for b in (2, 64))

@@ -12,8 +12,8 @@ from conftest import ROOT
 
 import checkpoint
 import train
-from model import load_showo, run
-from sample import rollout
+from model import load_showo
+from sample import rollout, run
 
 TINY = "--model shapes --no-kl --steps 2 --prompts-per-step 3 --group-size 4 --unmask-steps 4 --eval-every 0 --sample-every 0".split()
 TIMES = re.compile("^s_|images_per_s|peak_gib")
