@@ -94,6 +94,8 @@ class Showo(nn.Module):
     def __init__(self, config: dict, phi: dict, tokenizer):
         super().__init__()
         self.config, self.tokenizer = dict(config), tokenizer
+        if lacks := {"num_vq_tokens", "codebook_size", "llm_vocab_size", "vocab_size"} - config.keys():
+            raise InputError(f"config.json: lacks {', '.join(sorted(lacks))}; is it Show-o's?")
         self.N, self.K, self.text_vocab = config["num_vq_tokens"], config["codebook_size"], config["llm_vocab_size"]
         self.code_offset = self.text_vocab + len(SPECIALS)
         if config["vocab_size"] != self.code_offset + self.K + 1:
@@ -197,6 +199,8 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
     if unused:
         config |= {"w_clip_vit": False}  # what save() writes has none of them
         warnings.warn(f"{path_or_hub_id}: its mm_projector ({len(unused)} weights, for understanding pictures) is not used", stacklevel=2)
+    if len(text) > config.get("llm_vocab_size", len(text)):
+        raise InputError(f"--tokenizer: has {len(text)} entries, {path_or_hub_id} room for {config['llm_vocab_size']}; they do not belong together")
     with torch.device("meta"):
         model = Showo(config, phi, text)
     _load_strict(model, {name: weight for name, weight in state.items() if name not in unused}, path)
@@ -240,12 +244,10 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = _norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = _norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
-        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
 
 
 class AttnBlock(nn.Module):
@@ -262,18 +264,18 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Blocks at one resolution, then an optional change of resolution; `attn` is empty, as in the released model."""
+    """Blocks at one resolution, then an optional change of it."""
 
-    def __init__(self, c_in, c_out, n_blocks, resample=None):
+    def __init__(self, c_in, c_out, n_blocks, down=False, up=False):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n_blocks))
-        if resample:
-            self.add_module(resample, nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, stride=2 if resample ==
-                                                                       "downsample" else 1, padding=int(resample == "upsample"))}))
+        self.block = nn.Sequential(*(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n_blocks)))
+        if down:
+            self.downsample = nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, stride=2)})
+        if up:
+            self.upsample = nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, padding=1)})
 
     def forward(self, x):
-        for block in self.block:
-            x = block(x)
+        x = self.block(x)
         if hasattr(self, "downsample"):
             x = self.downsample["conv"](F.pad(x, (0, 1, 0, 1)))
         if hasattr(self, "upsample"):
@@ -295,16 +297,12 @@ class Encoder(nn.Module):
         super().__init__()
         width, last = [ch] + [ch * m for m in ch_mult], len(ch_mult) - 1
         self.conv_in = nn.Conv2d(in_ch, ch, 3, padding=1)
-        self.down = nn.ModuleList(Level(width[i], width[i + 1], num_res_blocks[i], "downsample" if i < last else None)
-                                  for i in range(last + 1))
+        self.down = nn.Sequential(*(Level(width[i], width[i + 1], num_res_blocks[i], down=i < last) for i in range(last + 1)))
         self.mid, self.norm_out = Middle(width[-1]), _norm(width[-1])
         self.conv_out, self.quant_conv = nn.Conv2d(width[-1], z_channels, 3, padding=1), nn.Conv2d(z_channels, z_channels, 1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(self.down(self.conv_in(x)))))))
 
 
 class Decoder(nn.Module):
@@ -313,8 +311,7 @@ class Decoder(nn.Module):
         width = [ch * m for m in ch_mult] + [ch * ch_mult[-1]]  # level i turns width[i + 1] into width[i], from last to 0
         self.post_quant_conv, self.conv_in = nn.Conv2d(z_channels, z_channels, 1), nn.Conv2d(z_channels, width[-1], 3, padding=1)
         self.mid = Middle(width[-1])
-        self.up = nn.ModuleList(Level(width[i + 1], width[i], num_res_blocks[i], "upsample" if i else None)
-                                for i in range(len(ch_mult)))
+        self.up = nn.ModuleList(Level(width[i + 1], width[i], num_res_blocks[i], up=i > 0) for i in range(len(ch_mult)))
         self.norm_out, self.conv_out = _norm(width[0]), nn.Conv2d(width[0], out_ch, 3, padding=1)
 
     def forward(self, z):
@@ -457,26 +454,29 @@ def _fetch(path_or_hub_id, needed, optional=(), revision=None) -> Path:
     name, _, pinned = str(path_or_hub_id).partition("@")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{path_or_hub_id}: no such file or folder, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     revision, missing = revision or pinned or None, needed
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=[f for kind in (*needed, *optional) for f in FILES[kind]]))
+        path = Path(snapshot_download(name, revision=revision, local_files_only=constants.HF_HUB_OFFLINE,
+                                      allow_patterns=[f for kind in (*needed, *optional) for f in FILES[kind]]))
         missing = [kind for kind in needed if not any(True for pattern in FILES[kind] for _ in path.glob(pattern))]
         why = "the repository, or its copy in the hub's cache, lacks them"
     except Exception as error:  # the hub client's network errors have no common class
         why = _first_line(error)
     if missing:
-        files = [f for kind in missing for f in FILES[kind]]
-        raise InputError(f"{path_or_hub_id}: not a local folder, and on the hub or in its cache these are missing: {', '.join(files)} ({why}); "
-                         f"check the name, or where there is network run: hf download {name}{f' --revision {revision}' if revision else ''}")
+        raise InputError(f"{path_or_hub_id}: no such folder, and missing on the hub or in its cache: {', '.join(FILES[kind][0] for kind in missing)} "
+                         f"({why}); check the name, or where there is network run: hf download {name}{f' --revision {revision}' if revision else ''}")
     return path
 
 
 def _read_json(path) -> dict:
     try:
-        return json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return content
 
 
 def _write_json(path, content):

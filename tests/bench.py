@@ -1,6 +1,6 @@
 """Speed and memory, measured side by side in one run; JSON under results/.
 
-    python tests/bench.py load                      # a synthetic full-size Show-o (5.8 GB, sparse file): memory of load_showo
+    python tests/bench.py load      # memory: loading a synthetic full-size Show-o (5.8 GB, a sparse file), decoding 6 x 512 x 512
 """
 import argparse
 import json
@@ -30,6 +30,25 @@ print(sum(p.numel() * p.element_size() for p in showo.parameters()), peak() - be
 """
 
 
+DECODE = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch
+from model import MAGVITv2
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+magvit = MAGVITv2().requires_grad_(False)
+before = peak()
+magvit.decode(torch.randint(8192, (6, 1024)))
+print(peak() - before)
+"""
+
+
+def measure(code, **names):
+    """The whole numbers that a Python process of its own prints."""
+    text = subprocess.run([sys.executable, "-c", code.format(root=str(ROOT), **names)], check=True, capture_output=True, text=True).stdout
+    return [int(word) for word in text.split()]
+
+
 def full_size_folder(folder):
     """A checkpoint of Show-o 512's names and shapes, all zeros, as a sparse file."""
     tensors = json.loads((DATA / "showo/showo_512_manifest.json").read_text())["w_clip_vit_false"]["tensors"]
@@ -54,10 +73,12 @@ def bench_load():
     with tempfile.TemporaryDirectory() as folder:
         full_size_folder(Path(folder))
         for dtype in ("float32", "bfloat16"):
-            code = LOAD.format(root=str(ROOT), folder=folder, tokenizer=str(DATA / "prompting/tokenizer"), dtype=dtype)
-            stays, peak = map(int, subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+            stays, peak = measure(LOAD, folder=folder, tokenizer=str(DATA / "prompting/tokenizer"), dtype=dtype)
             out[dtype] = {"weights_gb": stays / 1e9, "peak_gb": peak / 1e9, "ratio": peak / stays}
             print(f"load {dtype}: weights {stays / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, ratio {peak / stays:.3f}", flush=True)
+    [chunked] = measure(DECODE)
+    out["decode_gb"] = chunked / 1e9
+    print(f"decode 6 pictures of 512 x 512: {chunked / 1e9:.2f} GB on top of the weights", flush=True)
     return out
 
 

@@ -181,6 +181,7 @@ for name in ("somebody/half", "somebody/absent"):
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
     values, half, absent = done.stdout.splitlines()
     main, at, revision = map(float, values.split())
     assert main == pytest.approx(showo.showo.lm_head.bias.double().mean().item()) and at == revision == pytest.approx(main + 1)

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from conftest import DATA, read_json
+from PIL import Image
 from safetensors.torch import load_file
 
-from sample import choose_and_move, generate, grid, mask_schedule, read_prompts, rollout, temperatures, transition_log_prob
+from model import InputError
+from sample import choose_and_move, generate, grid, main, mask_schedule, read_prompts, rollout, temperatures, transition_log_prob
 
 
 def test_schedule_and_temperature_are_the_official_ones():
@@ -260,8 +262,15 @@ def test_pictures_do_not_depend_on_the_batch(base):
     assert grid(one, ["a long caption that needs two lines"] * 6, 3).size == (3 * 132, 2 * 160)
 
 
+def test_the_command_says_what_it_loaded_and_writes_a_png(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["sample.py", "--model", "shapes", "--dtype", "bf16", "--prompt", "a photo of a star", "--out", str(tmp_path / "x.png")])
+    main()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("Show-o from shapes: 0.8M parameters in bfloat16, 4 layers of 128, N 16, K 64; MAGVIT-v2 from shapes/magvitv2: 2.3M")
+    assert "GiB" in said[0] and Image.open(tmp_path / "x.png").size == (32, 32)
+
+
 def test_prompt_files(tmp_path):
-    from model import InputError
     (tmp_path / "p.txt").write_text("one\n\n  two words \n")
     assert [line["prompt"] for line in read_prompts(tmp_path / "p.txt")] == ["one", "two words"]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "reward_prompt": "b"}\n{"prompt": "c"}\n')
