@@ -184,10 +184,10 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
     cast one by one while loading. revision: of the hub repository, as is NAME@REVISION for every hub id. like: the folder or
     hub id whose config.json a bare file takes when none lies beside it; None = sizes from its weights, 1024 image tokens.
     Raises InputError when a file is missing or unreadable, or a weight is missing, surplus or of another shape."""
-    path = _fetch(path_or_hub_id, ["config", "weights"], ["tokenizer"], revision)
+    path = fetch(path_or_hub_id, ["config", "weights"], ["tokenizer"], revision)
     folder = path if path.is_dir() else path.parent
     if path.is_file() and like and not (folder / "config.json").exists():
-        folder = _fetch(like, ["config"], ["tokenizer"])
+        folder = fetch(like, ["config"], ["tokenizer"])
     text = load_tokenizer(tokenizer or (folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"))
     state = read_weights(path, device=device, dtype=dtype)
     phi = _read_json(folder / "phi_config.json") if (folder / "phi_config.json").exists() else {}
@@ -203,18 +203,18 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
         raise InputError(f"--tokenizer: has {len(text)} entries, {path_or_hub_id} room for {config['llm_vocab_size']}; they do not belong together")
     with torch.device("meta"):
         model = Showo(config, phi, text)
-    _load_strict(model, {name: weight for name, weight in state.items() if name not in unused}, path)
+    load_strict(model, {name: weight for name, weight in state.items() if name not in unused}, path)
     model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.phi_config).to(device)
     return model.eval()
 
 
 def load_tokenizer(path_or_hub_id):
     """A folder or hub id (NAME@REVISION pins it) -> transformers' tokenizer; raises InputError."""
-    path = _fetch(path_or_hub_id, ["tokenizer"])
+    path = fetch(path_or_hub_id, ["tokenizer"])
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--tokenizer {path_or_hub_id}: cannot load it ({_first_line(error)}); name a folder with "
+        raise InputError(f"--tokenizer {path_or_hub_id}: cannot load it ({first_line(error)}); name a folder with "
                          "tokenizer.json or a hub id") from None
 
 
@@ -370,11 +370,11 @@ class MAGVITv2(nn.Module):
 
 def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
     """A folder or hub id (showlab/magvitv2) with config.json and weights -> MAGVITv2 in float32; raises InputError."""
-    path = _fetch(path_or_hub_id, ["config", "weights"])
+    path = fetch(path_or_hub_id, ["config", "weights"])
     config = _read_json(path / "config.json")
     with torch.device("meta"):
         model = MAGVITv2(**{k: config[k] for k in ("encoder", "decoder") if k in config})
-    _load_strict(model, read_weights(path, device=device, dtype=torch.float32), path)
+    load_strict(model, read_weights(path, device=device, dtype=torch.float32), path)
     return model.eval().requires_grad_(False)
 
 
@@ -408,7 +408,8 @@ def read_weights(path, *, device="cpu", dtype=None) -> dict:
         raise
     except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
         raise InputError(f"{path}: cannot be read as a {'safetensors' if isinstance(error, SafetensorError) else 'weights'} "
-                         f"file ({_first_line(error)}); fetch or copy it again") from None
+                         f"file ({first_line(error)}); fetch or copy it again") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path}: not a state_dict (a flat mapping from names to tensors)")
     return {name: move(weight) for name, weight in state.items()}
@@ -432,7 +433,8 @@ def _write_weights(path, state):
     os.replace(aside, path)
 
 
-def _load_strict(model, state, path):
+def load_strict(model, state, path):
+    """model.load_state_dict without a copy; raises InputError with the names and shapes that do not fit."""
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     given = {k: tuple(v.shape) for k, v in state.items()}
     faults = ([f"missing {k}" for k in wanted.keys() - given.keys()] + [f"surplus {k}" for k in given.keys() - wanted.keys()]
@@ -444,8 +446,9 @@ def _load_strict(model, state, path):
     model.load_state_dict(state, assign=True)
 
 
-def _fetch(path_or_hub_id, needed, optional=(), revision=None) -> Path:
-    """A local path as it is; else the files of a hub repository (NAME or NAME@REVISION), which may be in the hub's cache."""
+def fetch(path_or_hub_id, needed, optional=(), revision=None) -> Path:
+    """A local path as it is; else the folder of a hub repository (NAME or NAME@REVISION), which may be in the hub's cache.
+    needed, optional: kinds of FILES, or file names. Raises InputError that says what is missing and how to fetch it."""
     path = Path(path_or_hub_id)
     if path.parts[:1] == ("shapes",):  # the embedded default, from any working folder
         path = Path(__file__).parent / path
@@ -458,13 +461,13 @@ def _fetch(path_or_hub_id, needed, optional=(), revision=None) -> Path:
     revision, missing = revision or pinned or None, needed
     try:
         path = Path(snapshot_download(name, revision=revision, local_files_only=constants.HF_HUB_OFFLINE,
-                                      allow_patterns=[f for kind in (*needed, *optional) for f in FILES[kind]]))
-        missing = [kind for kind in needed if not any(True for pattern in FILES[kind] for _ in path.glob(pattern))]
+                                      allow_patterns=[f for kind in (*needed, *optional) for f in FILES.get(kind, [kind])]))
+        missing = [kind for kind in needed if not any(True for pattern in FILES.get(kind, [kind]) for _ in path.glob(pattern))]
         why = "the repository, or its copy in the hub's cache, lacks them"
     except Exception as error:  # the hub client's network errors have no common class
-        why = _first_line(error)
+        why = first_line(error)
     if missing:
-        raise InputError(f"{path_or_hub_id}: no such folder, and missing on the hub or in its cache: {', '.join(FILES[kind][0] for kind in missing)} "
+        raise InputError(f"{path_or_hub_id}: no such folder, and missing on the hub or in its cache: {', '.join(FILES.get(kind, [kind])[0] for kind in missing)} "
                          f"({why}); check the name, or where there is network run: hf download {name}{f' --revision {revision}' if revision else ''}")
     return path
 
@@ -473,7 +476,7 @@ def _read_json(path) -> dict:
     try:
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({_first_line(error)})") from None
+        raise InputError(f"{path}: cannot be read as JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object")
     return content
@@ -483,5 +486,6 @@ def _write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _first_line(error) -> str:
+def first_line(error) -> str:
+    """What an exception says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,123 +1,397 @@
-"""What a picture is worth: CLIP, GenEval's rules, and weighted sums of them.
+"""What a picture is worth: the rewards of the papers, in one process, and weighted sums of them.
 
-    reward = make_reward("clip", device="cuda")                     # or "clip:1.0,geneval:exact:0.5"
+    reward = make_reward("clip", device="cuda")                     # or "clip:1.0,hpsv2:0.5"
     values = reward(images, prompts)                                # uint8 [B, 3, H, W], list[str] -> Float[B]
     reward.log                                                      # every part on its own, Float[B] each
 
+    python reward.py --reward clip,hpsv2,imagereward --images DIR --prompts FILE        # score pictures that are there
+
 A part of the sum is NAME[:ARGUMENT][:WEIGHT]:
     clip[:MODEL/PRETRAINED]        logits_per_image of open_clip (the paper's reward: ViT-H-14/laion2b_s32b_b79k)
+    hpsv2[:v2.0|v2.1|FILE]         HPSv2's cosine, without a factor 100 (tgxs002/HPSv2 hpsv2/img_score.py)
+    pickscore[:ID]                 PickScore / 26 (yifan123/flow_grpo pickscore_scorer.py)
+    imagereward[:ID|FILE]          ImageReward-v1.0 (THUDM/ImageReward), in transformers' Blip
     geneval:exact|strict|partial   GenEval's rules on detected objects (default exact)
+    http:URL                       a server's scores, for judges that live elsewhere; see HttpReward
 
 GenEval's own rule asks for "at least": under it, and under strict, drawing more and more objects pays. exact also demands
 that nothing else is in the picture.
+
+Departures: pictures are resized on the device and not by PIL, to the same 8-bit values but for rare last bits (on the
+pictures in tests/data: none). GenEval's colour classifier, whose argmax can hang on one, keeps PIL (eval_geneval.py).
 """
+import base64
+import io
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 
-from model import InputError
+from model import InputError, fetch, first_line, load_strict, load_tokenizer, read_weights
 
-CLIP_DEFAULT = "ViT-H-14/laion2b_s32b_b79k"
+CLIP_DEFAULT, PICKSCORE_DEFAULT, HPS_ARCHITECTURE = "ViT-H-14/laion2b_s32b_b79k", "yuvalkirstain/PickScore_v1", "ViT-H-14"
+HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+USAGE = ("clip[:MODEL/PRETRAINED], hpsv2[:v2.0|v2.1|FILE], pickscore[:ID], imagereward[:ID|FILE], geneval[:exact|strict|partial] "
+         "or http:URL, each with an optional :WEIGHT, joined by commas")
 
 
 class Reward:
-    """A weighted sum of parts [(name, weight, function)], each (images, prompts, metadata) -> Float[B]."""
+    """A weighted sum of parts [(name, weight, function)], function(images, prompts, metadata) -> (Float[B], {log name: Float[B]}).
 
-    def __init__(self, parts):
-        self.parts, self.log = parts, {}
+    A function may have a .model; with keep=False it stays on the CPU but for the moments when it scores."""
+
+    def __init__(self, parts, device="cpu", keep=True):
+        self.parts, self.device, self.keep, self.log = parts, device, keep, {}
 
     @torch.no_grad()
     def __call__(self, images, prompts, metadata=None):
         """images uint8[B, 3, H, W], prompts of B texts, metadata None or B GenEval lines -> Float[B] on the CPU.
 
-        Raises ValueError when the lengths differ."""
+        Raises ValueError when the lengths differ, InputError when a score is missing or not finite: nothing trains on it."""
         if len(images) != len(prompts) or (metadata is not None and len(metadata) != len(prompts)):
             raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {metadata and len(metadata)} metadata: not as many")
         self.log, total = {}, torch.zeros(len(images))
         for name, weight, function in self.parts:
+            model = getattr(function, "model", None)
+            if model is not None and not self.keep:
+                model.to(self.device)
             values, extra = function(images, prompts, metadata)
-            self.log |= {name: values.float().cpu(), **extra}
-            total += weight * self.log[name]
+            if model is not None and not self.keep:
+                model.to("cpu")
+            values = values.float().cpu()
+            for i in (~values.isfinite()).nonzero()[:1, 0].tolist():
+                raise InputError(f"--reward {name}: the score of a picture of {prompts[i]!r} is {values[i].item()}")
+            self.log |= {name: values, **extra}
+            total += weight * values
         return total
 
 
-def make_reward(spec: str, *, device="cpu", detector=None) -> Reward:
-    """spec: parts joined by commas, see the top of this file. detector: images -> [(detections, colours), ...], which
-    geneval needs (shapes.detect). Raises InputError for an unknown part, argument or weight."""
+def make_reward(spec: str, *, device="cpu", detector=None, keep=True) -> Reward:
+    """spec: parts joined by commas, see the top of this file. detector: (images, lines) -> [(detections, colours), ...] for
+    geneval; None = eval_geneval.Detector. keep: False = models wait on the CPU. Half precision on a GPU.
+    Raises InputError for an unknown part, argument or weight, and for weights that cannot be loaded."""
     parts = []
     for part in spec.split(","):
-        name, *rest = part.strip().split(":")
-        weight = 1.0
-        if rest and _is_number(rest[-1]):
-            weight = float(rest.pop())
-        argument = ":".join(rest)
+        name, weight, argument = _parse(part.strip())
         if name == "clip":
-            function = clip_reward(argument or CLIP_DEFAULT, device)
+            function = ClipReward(argument or CLIP_DEFAULT, device)
+        elif name == "hpsv2":
+            function = HpsReward(argument or "v2.0", device)
+        elif name == "pickscore":
+            function = PickScore(argument or PICKSCORE_DEFAULT, device)
+        elif name == "imagereward":
+            function = load_imagereward(argument or "THUDM/ImageReward", device)
         elif name == "geneval":
-            function = geneval_reward(argument or "exact", detector)
+            function = geneval_reward(argument or "exact", detector, device)
+        elif name == "http":
+            function = HttpReward(argument)
         else:
-            raise InputError(f"--reward {spec}: {name!r} is not known; use clip[:MODEL/PRETRAINED] or geneval[:exact|strict|partial]")
-        parts.append((part.strip().rpartition(":")[0] if weight != 1.0 else part.strip(), weight, function))
-    return Reward(parts)
+            raise InputError(f"--reward {spec}: {name!r} is not known; use {USAGE}")
+        if not keep and hasattr(function, "model"):
+            function.model.to("cpu")
+        parts.append((f"{name}:{argument}" if argument else name, weight, function))
+    return Reward(parts, device, keep)
 
 
-def _is_number(text):
+def _parse(part):
+    """NAME[:ARGUMENT][:WEIGHT] -> name, weight, argument. A number right after a host is its port, after a path a weight."""
+    if part.startswith("http"):
+        match = re.fullmatch(r"http:(https?://[^/]+(?:/[^:]*)?)(?::([-+.\deE]+))?", part)
+        if not match:
+            raise InputError(f"--reward {part}: wanted http:URL, such as http:http://127.0.0.1:8000/score")
+        return "http", float(match[2] or 1), match[1]
+    name, *rest = part.split(":")
     try:
-        float(text)
-        return True
+        return name, float(rest[-1]) if rest else 1.0, ":".join(rest[:-1])
     except ValueError:
-        return False
+        return name, 1.0, ":".join(rest)
 
 
-# --------------------------------------------------------------------------------------------------- CLIP
+# ---------------------------------------------------------------------------------------------- CLIP's family
+
+def prepare(images, size=224, fit="crop"):
+    """uint8[B, 3, H, W] -> Float[B, 3, size, size] with CLIP's mean and std, on the same device.
+
+    fit "crop": short side to size, centre crop, rounded to 8 bits as PIL does (open_clip, PickScore, ImageReward); "pad": long
+    side to size, black borders, not rounded (HPSv2). Bicubic with antialiasing."""
+    x, (h, w) = images.float(), images.shape[-2:]
+    resize = lambda x, *size: F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)  # noqa: E731
+    if fit == "crop":
+        new = (size, int(size * w / h)) if h <= w else (int(size * h / w), size)
+        for step in ((h, new[1]), new):  # as PIL: columns, then rows, 8 bits after each
+            x = resize(x, *step).add(0.5).floor().clamp(0, 255)
+        top, left = (round((side - size) / 2) for side in new)
+        x = x[..., top:top + size, left:left + size] / 255
+    else:
+        new = tuple(round(side * (size / max(h, w))) for side in (h, w))
+        x = resize(x / 255, *new)
+        top, left = ((size - side) // 2 for side in new)
+        x = F.pad(x, (left, size - new[1] - left, top, size - new[0] - top))
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    return (x - mean) / std
+
+
+def load_clip(name, device="cpu"):
+    """open_clip's MODEL/PRETRAINED (PRETRAINED may be a file) -> (model, its transform of PIL pictures, tokenizer), without
+    gradients, in half precision on a GPU. Raises InputError when open_clip cannot load it."""
+    import open_clip
+    architecture, _, pretrained = name.partition("/")
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            architecture, pretrained=pretrained, device=device, precision="fp16" if torch.device(device).type == "cuda" else "fp32")
+    except Exception as error:  # unknown names are RuntimeErrors, the hub client has errors of its own
+        raise InputError(f"clip {name}: open_clip cannot load it ({first_line(error)}); check the name and the network, or give "
+                         "MODEL/PATH-TO-WEIGHTS") from None
+    return model.eval().requires_grad_(False), transform, open_clip.get_tokenizer(architecture)
+
+
+def clip_cosine(model, pixels, tokens):
+    """Cosine of picture i and text i under an open_clip model -> Float32[B]."""
+    image = F.normalize(model.encode_image(pixels).float(), dim=-1)
+    text = F.normalize(model.encode_text(tokens).float(), dim=-1)
+    return (image * text).sum(-1)
+
 
 def clip_logits(model, pixels, tokens):
     """logits_per_image[i, i] of an open_clip model -> Float32[B]: exp(logit_scale) * cosine of picture i and text i."""
-    image = torch.nn.functional.normalize(model.encode_image(pixels).float(), dim=-1)
-    text = torch.nn.functional.normalize(model.encode_text(tokens).float(), dim=-1)
-    return model.logit_scale.exp().float() * (image * text).sum(-1)
+    return model.logit_scale.exp().float() * clip_cosine(model, pixels, tokens)
 
 
-def clip_reward(name, device):
-    """open_clip's MODEL/PRETRAINED (PRETRAINED may be a file), with its own preprocessing of PIL images -> a part of a Reward.
+class ClipReward:
+    """A part of a Reward: logits_per_image of open_clip's MODEL/PRETRAINED."""
+    fit, score = "crop", staticmethod(clip_logits)
 
-    Half precision on a GPU. Raises InputError when open_clip cannot load it."""
-    import open_clip
-    architecture, _, pretrained = name.partition("/")
-    half = torch.device(device).type == "cuda"
-    try:
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            architecture, pretrained=pretrained, device=device, precision="fp16" if half else "fp32")
-    except Exception as error:  # unknown names are RuntimeErrors, the hub client has errors of its own
-        raise InputError(f"--reward clip:{name}: open_clip cannot load it ({str(error).splitlines()[0][:200]}); "
-                         "check the name and the network, or give clip:MODEL/PATH-TO-WEIGHTS") from None
-    model.eval().requires_grad_(False)
-    tokenizer, dtype = open_clip.get_tokenizer(architecture), torch.float16 if half else torch.float32
+    def __init__(self, name, device):
+        self.model, _, self.tokenizer = load_clip(name, device)
 
-    def score(images, prompts, metadata):
-        pictures = [preprocess(Image.fromarray(image)) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
-        return clip_logits(model, torch.stack(pictures).to(device, dtype), tokenizer(prompts).to(device)), {}
-    return score
+    def __call__(self, images, prompts, metadata):
+        weight = next(self.model.parameters())
+        size = self.model.visual.image_size
+        size = size if isinstance(size, int) else size[0]
+        values = [self.score(self.model, prepare(some.to(weight.device), size, self.fit).to(weight.dtype), self.tokenizer(texts).to(weight.device))
+                  for some, texts in _chunks(images, prompts)]
+        return torch.cat(values), {}
 
 
-# ------------------------------------------------------------------------------------------------ GenEval
+class HpsReward(ClipReward):
+    """A part of a Reward: HPSv2. Its file holds all of ViT-H-14, so laion's weights are not needed."""
+    fit, score = "pad", staticmethod(clip_cosine)
 
-def geneval_reward(rule, detector):
+    def __init__(self, version, device):
+        import open_clip
+        path = version
+        if version in HPS_FILES:
+            path = fetch("xswu/HPSv2", [HPS_FILES[version]]) / HPS_FILES[version]
+        elif not Path(version).is_file():
+            raise InputError(f"--reward hpsv2:{version}: wanted v2.0, v2.1 or a file")
+        self.model, self.tokenizer = open_clip.create_model(HPS_ARCHITECTURE).eval(), open_clip.get_tokenizer(HPS_ARCHITECTURE)
+        load_strict(self.model, read_weights(path), path)
+        self.model.requires_grad_(False).to(device, torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+
+
+class PickScore:
+    """A part of a Reward: exp(logit_scale) * cosine / 26 of transformers' CLIPModel, near 0..1 by the division."""
+
+    def __init__(self, name, device):
+        import open_clip
+        from transformers import CLIPModel
+        folder = fetch(name, ["config", "weights"])
+        try:
+            model = CLIPModel.from_pretrained(folder)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"--reward pickscore:{name}: cannot load it ({first_line(error)})") from None
+        self.model = model.eval().requires_grad_(False).to(device, torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+        self.tokenizer = open_clip.get_tokenizer(HPS_ARCHITECTURE)
+
+    def __call__(self, images, prompts, metadata):
+        weight, size = self.model.logit_scale, self.model.config.vision_config.image_size
+        return torch.cat([pickscore(self.model, prepare(some.to(weight.device), size).to(weight.dtype), self.tokenizer(texts).to(weight.device))
+                          for some, texts in _chunks(images, prompts)]), {}
+
+
+def pickscore(model, pixels, tokens):
+    """logits_per_image[i, i] / 26 of transformers' CLIPModel -> Float32[B]."""
+    return model(input_ids=tokens, pixel_values=pixels).logits_per_image.float().diagonal() / 26
+
+
+def _chunks(images, prompts, size=64):
+    return ((images[i:i + size], prompts[i:i + size]) for i in range(0, len(prompts), size))
+
+
+# ------------------------------------------------------------------------------------------------ ImageReward
+
+class ImageReward(nn.Module):
+    """A part of a Reward: ImageReward-v1.0 (arXiv 2304.05977), BLIP's picture and text encoders and an affine head. vision,
+    text: sizes over those of the release (the defaults of the config classes are wrong for it: eps, heads, decoder)."""
+    VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=16,
+                  layer_norm_eps=1e-6)
+    TEXT = dict(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
+                num_attention_heads=12, max_position_embeddings=512, layer_norm_eps=1e-12, is_decoder=True)
+    MEAN, STD, MAX_LENGTH = 0.16717362830052426, 1.0333394966054072, 35
+
+    def __init__(self, tokenizer=None, vision=None, text=None):
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+        super().__init__()
+        self.tokenizer, vision, text = tokenizer, {**self.VISION, **(vision or {})}, {**self.TEXT, **(text or {})}
+        self.size, widths = vision["image_size"], (text["hidden_size"], 1024, 128, 64, 16, 1)
+        self.vision = BlipVisionModel(BlipVisionConfig(**vision))
+        self.text = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
+        layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.Identity())]  # its dropouts
+        self.mlp = nn.ModuleDict({"layers": nn.Sequential(*layers[:7], layers[8])})
+
+    @property
+    def model(self):
+        return self
+
+    def forward(self, images, prompts, metadata=None):
+        """uint8[B, 3, H, W], B texts -> (Float32[B], {})."""
+        device, out = self.mlp["layers"][0].weight.device, []
+        for some, texts in _chunks(images, prompts):
+            tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=self.MAX_LENGTH, return_tensors="pt").to(device)
+            with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+                seen = self.vision(prepare(some.to(device), self.size)).last_hidden_state
+                read = self.text(tokens["input_ids"], tokens["attention_mask"], encoder_hidden_states=seen).last_hidden_state
+            out.append((self.mlp["layers"](read[:, 0].float())[:, 0] - self.MEAN) / self.STD)
+        return torch.cat(out), {}
+
+    @staticmethod
+    def from_official(state) -> dict:
+        """The names of the official state_dict -> ours; what does not enter the score is left out."""
+        renames = (("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"), ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
+                   ("blip.visual_encoder.patch_embed.proj.", "vision.embeddings.patch_embedding."), ("blip.visual_encoder.blocks.", "vision.encoder.layers."),
+                   ("blip.visual_encoder.norm.", "vision.post_layernorm."), ("blip.text_encoder.", "text."))
+        inner = ((".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."), (".attn.qkv.", ".self_attn.qkv."), (".attn.proj.", ".self_attn.projection."))
+        out = {}
+        for name, weight in state.items():
+            if name.startswith(("blip.vision_proj.", "blip.text_proj.")) or name == "blip.text_encoder.embeddings.position_ids":
+                continue
+            for old, new in renames:
+                name = name.replace(old, new)
+            for old, new in inner if name.startswith("vision.encoder.") else ():
+                name = name.replace(old, new)
+            out[name] = weight
+        return out
+
+
+def load_imagereward(name, device="cpu") -> ImageReward:
+    """A hub id with ImageReward.pt, or that file -> ImageReward, without gradients. Raises InputError."""
+    path = fetch(name, ["ImageReward.pt"])
+    path = path / "ImageReward.pt" if path.is_dir() else path
+    model = ImageReward(load_tokenizer("google-bert/bert-base-uncased")).eval().requires_grad_(False)
+    load_strict(model, model.from_official(read_weights(path)), path)
+    return model.to(device)
+
+
+# ------------------------------------------------------------------------------------------------ GenEval, servers
+
+def geneval_reward(rule, detector, device):
     """GenEval's rules as a reward: exact and strict are 0 or 1, partial is a mean of terms; logs objects per picture.
 
-    -> a part of a Reward. Raises InputError for an unknown rule, without a detector, or for prompts without metadata."""
-    from eval_geneval import filter_detections, is_geneval, strict_score, verdicts  # late: its command line draws with all the rest
+    -> a part of a Reward. Raises InputError for an unknown rule, or for prompts without metadata."""
+    from eval_geneval import Detector, filter_detections, is_geneval, strict_score, verdicts  # late: it imports this file
     if rule not in ("exact", "strict", "partial"):
         raise InputError(f"--reward geneval:{rule}: the rule must be exact, strict or partial")
-    if detector is None:
-        raise InputError("--reward geneval: no detector for this model; it works with --model shapes")
+    detector = detector or Detector(device=device)
 
     def score(images, prompts, metadata):
         if metadata is None or not all(map(is_geneval, metadata)):
             raise InputError("--reward geneval: every prompt needs GenEval metadata (tag, include) in the prompt file")
-        found = detector(images)
+        found = [pair for i in range(0, len(images), 256) for pair in detector(images[i:i + 256], metadata[i:i + 256])]
         log = verdicts(metadata, found)
         values = log["exact"] if rule == "exact" else torch.tensor(
             [strict_score(filter_detections(raw, line["tag"]), line, colours)[0 if rule == "strict" else 2]
              for (raw, colours), line in zip(found, metadata)], dtype=torch.float)
         return values, {name: log[name] for name in ("objects", "objects_asked")}
     return score
+
+
+class HttpReward:
+    """A part of a Reward: POST {"images": [base64 PNG, ...], "prompts": [...], "metadata": [...] or null} as JSON to url, which
+    answers {"scores": [number, ...]}, one per picture.
+
+    Connection errors, time-outs and 5xx answers are tried again; raises InputError when that does not help, or for an answer
+    of another form. A score of null counts as missing."""
+
+    def __init__(self, url, timeout=120.0, tries=3, wait=2.0):
+        self.url, self.timeout, self.tries, self.wait = url, timeout, tries, wait
+
+    def __call__(self, images, prompts, metadata):
+        values = []
+        for i in range(0, len(prompts), 32):
+            body = {"images": [_png(image) for image in images[i:i + 32]], "prompts": list(prompts[i:i + 32]),
+                    "metadata": None if metadata is None else list(metadata[i:i + 32])}
+            values += self.ask(json.dumps(body).encode(), len(body["prompts"]))
+        return torch.tensor(values), {}
+
+    def ask(self, body, n) -> list[float]:
+        """One request of n pictures -> n scores, nan where one is null."""
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        for attempt in range(1, self.tries + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    scores = json.loads(answer.read())["scores"]
+                if len(scores) != n:
+                    raise InputError(f"--reward http:{self.url}: {len(scores)} scores for {n} pictures")
+                return [float("nan") if score is None else float(score) for score in scores]
+            except (ValueError, KeyError, TypeError) as error:
+                raise error if isinstance(error, InputError) else InputError(
+                    f'--reward http:{self.url}: its answer is not {{"scores": [number, ...]}} ({first_line(error)})') from None
+            except OSError as error:  # urllib's errors, time-outs, refused connections
+                if attempt == self.tries or getattr(error, "code", 500) < 500:
+                    raise InputError(f"--reward http:{self.url}: no scores after {attempt} tries ({first_line(error)}); is the server "
+                                     f"up, and fast enough for {self.timeout:.0f} s?") from None
+                time.sleep(self.wait * attempt)
+
+
+def _png(image):
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def main():
+    from eval_geneval import read_picture
+    from sample import Parser, in_range, read_prompts, setup
+    p = Parser("Score pictures: the mean of every part of a reward, and its standard error over prompts.")
+    p.add_argument("--reward", required=True, help=USAGE)
+    p.add_argument("--images", required=True, help="a folder of PNGs, in the order of names: the same number for every prompt; subfolders count")
+    p.add_argument("--prompts", required=True, help="txt, or jsonl with prompt, optional reward_prompt and metadata")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument("--batch", type=in_range(int, 1), default=64, help="pictures read at a time")
+    args = p.parse_args()
+    lines, files = read_prompts(args.prompts), sorted(f for f in Path(args.images).rglob("*.png") if f.name != "grid.png")
+    n = len(files) // len(lines)
+    if not n or n * len(lines) != len(files):
+        p.error(f"--images {args.images}: {len(files)} PNGs for {len(lines)} prompts; wanted the same number for every prompt")
+    reward, values = make_reward(args.reward, device=setup(args.device)[2]), {}
+    for i in range(0, len(files), args.batch):
+        by_size = {}
+        for k in range(i, min(i + args.batch, len(files))):
+            picture = read_picture(files[k])
+            if picture is None:
+                raise InputError(f"{files[k]}: is not a readable picture")
+            by_size.setdefault(picture.shape, []).append((k, picture))
+        for same in by_size.values():
+            asked = [lines[k // n] for k, _ in same]
+            total = reward(torch.stack([picture for _, picture in same]), [line.get("reward_prompt", line["prompt"]) for line in asked], asked)
+            for name, part in {**reward.log, "sum": total}.items():
+                values.setdefault(name, torch.zeros(len(files)))[[k for k, _ in same]] = part
+    print(f"{len(files)} pictures of {len(lines)} prompts")
+    for name, part in values.items():
+        over = part.view(len(lines), n).mean(1)
+        error = f" +- {over.std().item() / len(lines) ** 0.5:.4f}" if len(lines) > 1 else ""
+        print(f"{name:<24} {over.mean().item():.4f}{error}")
+
+
+if __name__ == "__main__":
+    from sample import run
+    run(main)

@@ -15,6 +15,7 @@ its second factor); a group is one batch. Kept from it: the compounding temperat
 Departure from the paper: the default transition is Eq. 15 (p2), which is what the released training really computes.
 """
 import argparse
+import datetime
 import json
 import math
 import os
@@ -158,7 +159,9 @@ def _at(logp, tokens):
 
 # ------------------------------------------------------------------------------------- pictures from Show-o
 
-from model import InputError, load_magvit, load_showo, to_uint8  # noqa: E402  (not needed above)
+import torch.distributed as dist  # noqa: E402  (not needed above)
+
+from model import InputError, load_magvit, load_showo, to_uint8  # noqa: E402
 
 
 def add_model_flags(p):
@@ -174,7 +177,7 @@ def add_model_flags(p):
     p.add_argument("--schedule", choices=["cosine", "linear"], default="cosine")
     p.add_argument("--annealing", choices=["compound", "linear", "none"], default="compound", help="of the temperature; compound is Show-o's")
     p.add_argument("--batch", type=in_range(int, 1), help="pictures at a time (default: 8; shapes 256)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the weights, cast while loading; auto: bf16 on a GPU")
 
 
@@ -193,15 +196,17 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, revision=None, dev
         f"K {showo.K}; MAGVIT-v2 from {images}: {size(magvit)}; on {device}, peak memory of the load {peak_gib(device):.2f} GiB")
 
 
-def drawer(args):
-    """The flags of add_model_flags -> draw(prompts, n, seeds) -> uint8 [len(prompts) * n, 3, H, W]; loads the models."""
+def drawer(args, say=True):
+    """The flags of add_model_flags -> (draw(prompts, n, seeds) -> uint8 [len(prompts) * n, 3, H, W], pictures at a time);
+    loads the models, and says which."""
     steps, cfg, batch = (default if value is None else value for value, default in zip(
         (args.steps, args.cfg, args.batch), (16, 0.0, 256) if args.model == "shapes" else (50, 5.0, 8)))
     showo, magvit, said = load_models(args.model, ckpt=args.ckpt, vq=args.vq, tokenizer=args.tokenizer, revision=args.revision,
                                       device=args.device, dtype=half_or_float(args.dtype, args.device))
-    print(said, flush=True)
+    if say:
+        print(said, flush=True)
     how = dict(T=steps, guidance=cfg, batch=batch, schedule=args.schedule, annealing=args.annealing, temperature=args.temperature)
-    return lambda prompts, n, seeds: generate(showo, magvit, prompts, n=n, seeds=seeds, **how)
+    return lambda prompts, n, seeds: generate(showo, magvit, prompts, n=n, seeds=seeds, **how), batch
 
 
 def half_or_float(name, device):
@@ -308,13 +313,39 @@ def in_range(kind, low, high=float("inf")):
 
 
 def run(main):
-    """Call main(); an InputError becomes one line and exit code 2."""
+    """Call main(); an InputError becomes one line and exit code 2, of one process while all do the same."""
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or dist.is_initialized():
+            print(f"{Path(sys.argv[0]).name}: {f'process {rank}: ' if rank != '0' else ''}error: {error}", file=sys.stderr)
         sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def setup(device=None):
+    """device: a name, None = a GPU where there is one -> rank, world size, torch.device; under torchrun, joins the others.
+    Raises InputError for a device that is not there."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: cannot be used ({str(error).splitlines()[0][:100]})") from None
+    if world > 1:  # several processes on a CPU, or one GPU each
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+    return rank, world, device
+
+
+def barrier():
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def main():
@@ -332,7 +363,9 @@ def main():
     out = Path(args.out or time.strftime("sample-%Y%m%d-%H%M%S.png"))
     if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
         p.error(f"--out {out}: must be a .png in a folder that exists")
-    pictures = drawer(args)(prompts, args.n, [args.seed * 1_000_003 + i for i in range(len(prompts))])
+    _, _, args.device = setup(args.device)
+    draw, _ = drawer(args)
+    pictures = draw(prompts, args.n, [args.seed * 1_000_003 + i for i in range(len(prompts))])
     if len(pictures) == 1:
         Image.fromarray(pictures[0].permute(1, 2, 0).numpy()).save(out)
     else:

@@ -133,12 +133,12 @@ def distances(images):
     return torch.cdist(cells.flatten(0, 2), TEMPLATES).square()
 
 
-def detect(images) -> list[tuple[dict, dict]]:
+def detect(images, lines=None) -> list[tuple[dict, dict]]:
     """images uint8 [B, 3, 32, 32] -> per image (detections {class: [[x1, y1, x2, y2, score], ...]}, colours {class: [...]}).
 
     A cell is the object whose template is nearest; score = 1 - d(nearest) / d(nearest of any other object or of an empty
     cell), d = squared distance: 1 for a perfect drawing, 0 halfway. Rows are in ascending score, colours in the order in
-    which eval_geneval.filter_detections keeps the boxes. Boxes in pixels."""
+    which eval_geneval.filter_detections keeps the boxes. Boxes in pixels. lines: GenEval's, not needed here."""
     B, d = len(images), distances(images)
     best = torch.full((len(d), len(LABELS) + 1), math.inf).scatter_reduce(
         1, TEMPLATE_LABEL.expand(len(d), -1), d, "amin")                                    # (B * 16, 41)

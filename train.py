@@ -15,11 +15,9 @@ that together take as many prompts a step (bit for bit on a CPU; GPU kernels may
 """
 import argparse
 import contextlib
-import datetime
 import functools
 import importlib.util
 import math
-import os
 import random
 import time
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
 from model import InputError, Prompt, load_showo, to_uint8
 from reward import make_reward
 from sample import (Parser, Trajectory, generate, grid, half_or_float, in_range, load_models, peak_gib, read_prompts, rollout, run,
-                    transition_log_prob)
+                    setup, transition_log_prob)
 
 PRESETS = {
     "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, eval_unmask_steps=50, eval_guidance=5.0,
@@ -107,17 +105,6 @@ def parse_args():
 
 
 # ------------------------------------------------------------------------------------------------ processes
-
-def setup():
-    """-> rank, world size, device. One process alone needs no process group."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
-    return rank, world, device
-
 
 def all_sum(tensor):
     """The sum over all processes, in place."""
@@ -282,7 +269,7 @@ def move_stats(logp, logp_old, logits, new, kl, args):
 def judge(lines, pictures, reward, detector) -> dict:
     """Values of pictures, Float[B] each: with a detector GenEval's verdicts(), else the reward as "overall"."""
     if detector:
-        return verdicts(lines, detector(pictures))
+        return verdicts(lines, detector(pictures, lines))
     return {"overall": reward(pictures, [line.get("reward_prompt", line["prompt"]) for line in lines], lines)}
 
 
@@ -440,5 +427,3 @@ def main():
 
 if __name__ == "__main__":
     run(main)
-    if dist.is_initialized():
-        dist.destroy_process_group()
