@@ -14,6 +14,7 @@ prompt not at all (rotary embeddings are relative, so both are exact).
 import json
 import os
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,17 +95,20 @@ class Showo(nn.Module):
     def __init__(self, config: dict, phi: dict, tokenizer):
         super().__init__()
         self.config, self.tokenizer = dict(config), tokenizer
-        if lacks := {"num_vq_tokens", "codebook_size", "llm_vocab_size", "vocab_size"} - config.keys():
-            raise InputError(f"config.json: lacks {', '.join(sorted(lacks))}; is it Show-o's?")
+        for key in ("num_vq_tokens", "codebook_size", "llm_vocab_size", "vocab_size"):
+            if type(config.get(key)) is not int or config[key] < 1:
+                raise InputError(f"config.json: {key} is {config.get(key)!r}, wanted a positive whole number; does the tokenizer belong to the model?")
         self.N, self.K, self.text_vocab = config["num_vq_tokens"], config["codebook_size"], config["llm_vocab_size"]
         self.code_offset = self.text_vocab + len(SPECIALS)
-        if config["vocab_size"] != self.code_offset + self.K + 1:
+        if config["vocab_size"] != self.code_offset + self.K + 1 or config.get("mask_token_id", config["vocab_size"] - 1) != config["vocab_size"] - 1:
             raise InputError(f"config.json: vocab_size {config['vocab_size']} is not llm_vocab_size {self.text_vocab} + "
-                             f"{len(SPECIALS)} specials + codebook_size {self.K} + 1 mask")
+                             f"{len(SPECIALS)} specials + codebook_size {self.K} + 1 mask, the last id")
+        if self.K & (self.K - 1):
+            raise InputError(f"codebook_size {self.K} is no power of two; does the tokenizer belong to the model?")
         self.pad, self.soi, self.eoi, self.t2i = (self.text_vocab + SPECIALS.index(name)
                                                   for name in ("[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>"))
-        phi = {**PHI_1_5, **phi, "vocab_size": config["vocab_size"], "qk_layernorm": True, "tie_word_embeddings": False}
-        self.phi_config = PhiConfig.from_dict(phi)
+        self.phi = {**PHI_1_5, **phi, "vocab_size": config["vocab_size"], "qk_layernorm": True, "tie_word_embeddings": False}
+        self.phi_config = PhiConfig.from_dict(dict(self.phi))
         self.showo = PhiForCausalLM._from_config(self.phi_config, attn_implementation="sdpa")
         self.compute_dtype = None  # torch.bfloat16: matrix products in half precision, weights as they are
 
@@ -116,7 +120,8 @@ class Showo(nn.Module):
         """prompts -> ids Long[B, max_text_len + 1] = [PAD].. <|t2i|> bos text eos; over-long text is cut, eos kept."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = torch.full((len(prompts), max_text_len + 1), self.pad)
-        for row, text in zip(ids, self.tokenizer(list(prompts))["input_ids"] if prompts else []):
+        prompts = [text.encode("utf-8", "replace").decode() for text in prompts]  # lone surrogates, which no tokenizer takes
+        for row, text in zip(ids, self.tokenizer(prompts)["input_ids"] if prompts else []):
             text = [self.t2i] + ([] if text[:1] == [bos] else [bos]) + list(text) + [eos]
             if len(text) > len(row):
                 text = text[:max_text_len] + [eos]
@@ -171,9 +176,7 @@ class Showo(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         _write_json(folder / "config.json", self.config)
-        sizes = {key: getattr(self.phi_config, key) for key in PHI_1_5 if hasattr(self.phi_config, key)}
-        sizes |= {key: self.phi_config.rope_parameters[key] for key in ("rope_theta", "partial_rotary_factor")}
-        _write_json(folder / "phi_config.json", {"model_type": "phi", **sizes})
+        _write_json(folder / "phi_config.json", {"model_type": "phi", **self.phi})
         _write_weights(folder / "pytorch_model.safetensors", self.state_dict())
 
 
@@ -182,27 +185,24 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
 
     tokenizer: folder or hub id; None = the folder's own files if it has them, else microsoft/phi-1_5. dtype: weights are
     cast one by one while loading. revision: of the hub repository, as is NAME@REVISION for every hub id. like: the folder or
-    hub id whose config.json a bare file takes when none lies beside it; None = sizes from its weights, 1024 image tokens.
+    hub id (of that revision) whose config.json a bare file takes when none lies beside it; None = sizes from its weights, N 1024.
     Raises InputError when a file is missing or unreadable, or a weight is missing, surplus or of another shape."""
     path = fetch(path_or_hub_id, ["config", "weights"], ["tokenizer"], revision)
     folder = path if path.is_dir() else path.parent
     if path.is_file() and like and not (folder / "config.json").exists():
-        folder = fetch(like, ["config"], ["tokenizer"])
+        folder = fetch(like, ["config"], ["tokenizer"], revision)
+    config = _read_json(folder / "config.json") if path.is_dir() or (folder / "config.json").exists() else None
+    phi = _read_json(folder / "phi_config.json") if (folder / "phi_config.json").exists() else {}
     text = load_tokenizer(tokenizer or (folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"))
     state = read_weights(path, device=device, dtype=dtype)
-    phi = _read_json(folder / "phi_config.json") if (folder / "phi_config.json").exists() else {}
-    if path.is_dir() or (folder / "config.json").exists():
-        config = _read_json(folder / "config.json")
-    else:
+    if config is None:
         config, phi = _infer_config(path, state, len(text), phi)
     unused = [name for name in state if name.startswith("mm_projector.")]
     if unused:
-        config |= {"w_clip_vit": False}  # what save() writes has none of them
         warnings.warn(f"{path_or_hub_id}: its mm_projector ({len(unused)} weights, for understanding pictures) is not used", stacklevel=2)
     if len(text) > config.get("llm_vocab_size", len(text)):
         raise InputError(f"--tokenizer: has {len(text)} entries, {path_or_hub_id} room for {config['llm_vocab_size']}; they do not belong together")
-    with torch.device("meta"):
-        model = Showo(config, phi, text)
+    model = _build(folder / "config.json", Showo, config | {"w_clip_vit": False}, phi, text)  # what save() writes has no projector
     load_strict(model, {name: weight for name, weight in state.items() if name not in unused}, path)
     model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.phi_config).to(device)
     return model.eval()
@@ -212,8 +212,11 @@ def load_tokenizer(path_or_hub_id):
     """A folder or hub id (NAME@REVISION pins it) -> transformers' tokenizer; raises InputError."""
     path = fetch(path_or_hub_id, ["tokenizer"])
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if None in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            raise ValueError("it has no bos or eos token")
+        return tokenizer
+    except Exception as error:  # a damaged tokenizer.json raises plain Exceptions
         raise InputError(f"--tokenizer {path_or_hub_id}: cannot load it ({first_line(error)}); name a folder with "
                          "tokenizer.json or a hub id") from None
 
@@ -223,9 +226,9 @@ def _infer_config(path, state, n_text, phi):
     try:
         (vocab, hidden), (inner, _) = (state[f"showo.model.{n}.weight"].shape for n in ("embed_tokens", "layers.0.mlp.fc1"))
         heads = hidden // state["showo.model.layers.0.self_attn.q_layernorm.weight"].shape[0]
-    except KeyError as error:
-        raise InputError(f"{path}: not a Show-o state_dict, {error} is missing") from None
-    layers = 24 if hidden == PHI_1_5["hidden_size"] else 1 + max(int(k.split(".")[3]) for k in state if ".layers." in k)
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: not a Show-o state_dict, {error} is missing or of another shape") from None
+    layers = 24 if hidden == PHI_1_5["hidden_size"] else len({k.split(".")[3] for k in state if k.startswith("showo.model.layers.")})
     sizes = dict(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_hidden_layers=layers)
     config = {"_class_name": "Showo", "_diffusers_version": "0.30.1", "codebook_size": vocab - n_text - len(SPECIALS) - 1,
               "llm_model_path": "microsoft/phi-1_5", "llm_vocab_size": n_text, "load_from_showo": True,
@@ -372,8 +375,7 @@ def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
     """A folder or hub id (showlab/magvitv2) with config.json and weights -> MAGVITv2 in float32; raises InputError."""
     path = fetch(path_or_hub_id, ["config", "weights"])
     config = _read_json(path / "config.json")
-    with torch.device("meta"):
-        model = MAGVITv2(**{k: config[k] for k in ("encoder", "decoder") if k in config})
+    model = _build(path / "config.json", MAGVITv2, **{k: config[k] for k in ("encoder", "decoder") if k in config})
     load_strict(model, read_weights(path, device=device, dtype=torch.float32), path)
     return model.eval().requires_grad_(False)
 
@@ -396,23 +398,21 @@ def read_weights(path, *, device="cpu", dtype=None) -> dict:
             if (path / name).exists():
                 return read_weights(path / name, device=device, dtype=dtype)
             if (path / (name + ".index.json")).exists():
-                shards = sorted(set(_read_json(path / (name + ".index.json")).get("weight_map", {}).values()))
-                return {k: v for shard in shards for k, v in read_weights(path / shard, device=device, dtype=dtype).items()}
+                shards = _read_json(path / (name + ".index.json")).get("weight_map")
+                if not isinstance(shards, dict) or not shards or not all((path / str(shard)).is_file() for shard in shards.values()):
+                    raise InputError(f"{path / name}.index.json: names shards that are not there; fetch or copy the folder again")
+                return {k: v for shard in sorted(set(shards.values())) for k, v in read_weights(path / shard, device=device, dtype=dtype).items()}
         raise InputError(f"{path}: no weights there; expected one of {', '.join(WEIGHT_NAMES)}")
     move = lambda weight: weight.to(device, dtype if dtype and weight.is_floating_point() else weight.dtype)  # noqa: E731
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path, move)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (MemoryError, torch.OutOfMemoryError):
+        return _read_pickle(path, move)
+    except (MemoryError, torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
         raise InputError(f"{path}: cannot be read as a {'safetensors' if isinstance(error, SafetensorError) else 'weights'} "
                          f"file ({first_line(error)}); fetch or copy it again") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path}: not a state_dict (a flat mapping from names to tensors)")
-    return {name: move(weight) for name, weight in state.items()}
 
 
 def _read_safetensors(path, move):
@@ -426,11 +426,38 @@ def _read_safetensors(path, move):
     return state
 
 
+def _read_pickle(path, move):
+    """torch.save's files. Mapped like the others; the mapping is of the whole file, so it is made anew every 64 MB, and the
+    largest weights come first, while little else is in memory."""
+    load = lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: E731
+    state, out, copied = load(), {}, 0
+    nested = isinstance(state, dict) and "state_dict" in state
+    state = state["state_dict"] if nested else state
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and not v.is_meta
+                                              for k, v in state.items()):
+        raise InputError(f"{path}: not a state_dict (a flat mapping from names to tensors)")
+    for name in sorted(state, key=lambda name: -state[name].nbytes):
+        out[name] = move(state[name])
+        copied += out[name].nbytes if out[name] is not state[name] else 0
+        if copied > 2 ** 26:
+            state, copied = None, 0
+            state = load()["state_dict"] if nested else load()
+    return out
+
+
 def _write_weights(path, state):
     """Aside, then renamed: the weights may be mapped from the very file they replace."""
     aside = path.with_name("." + path.name)
     save_file({name: weight.contiguous() for name, weight in state.items()}, aside, metadata={"format": "pt"})
     os.replace(aside, path)
+
+
+def _build(path, kind, *args, **kwargs):
+    try:
+        with torch.device("meta"):
+            return kind(*args, **kwargs)
+    except Exception as error:  # whatever odd sizes lead to
+        raise error if isinstance(error, InputError) else InputError(f"{path}: cannot build {kind.__name__} of these sizes ({first_line(error)})") from None
 
 
 def load_strict(model, state, path):

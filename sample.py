@@ -185,8 +185,10 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, revision=None, dev
     """Show-o and its image tokenizer -> (Showo, MAGVITv2, a line that says what was loaded). model "shapes" = the tiny base;
     ckpt: weights in place of the model's. Raises InputError, also when the two do not share a codebook."""
     where, images = ckpt or model, vq or ("shapes/magvitv2" if model == "shapes" else "showlab/magvitv2")
-    showo = load_showo(where, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, like=model)
+    showo = load_showo(where, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, like=model if ckpt else None)
     magvit = load_magvit(images, device=device)
+    if math.isqrt(showo.N) ** 2 != showo.N:
+        raise InputError(f"{where}: {showo.N} image tokens do not fill a square")
     if len(magvit.quantize.embedding) != showo.K:
         raise InputError(f"--vq {images}: has {len(magvit.quantize.embedding)} codes, but {where} {showo.K}; they do not belong together")
     size = lambda model: f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"  # noqa: E731
@@ -266,7 +268,7 @@ def read_prompts(path) -> list[dict]:
     """A prompt file -> [{"prompt": ..., ...}]: .jsonl, one object a line with "prompt", optional "reward_prompt" and GenEval
     metadata; any other name, one prompt a line. Empty lines are skipped. Raises InputError with the line's number."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path}: cannot be read ({error.strerror or error if isinstance(error, OSError) else 'it is not UTF-8 text'})") from None
     out = []
@@ -306,7 +308,7 @@ def in_range(kind, low, high=float("inf")):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if not low <= value <= high:
+        if not low <= value <= high or abs(value) == float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {f'at least {low}' if high == float('inf') else f'from {low} to {high}'}")
         return value
     return parse
@@ -334,8 +336,8 @@ def setup(device=None):
         if device.type == "cuda":
             device = torch.device("cuda", local if device.index is None else device.index)
             torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, AttributeError) as error:
         raise InputError(f"--device {device}: cannot be used ({str(error).splitlines()[0][:100]})") from None
     if world > 1:  # several processes on a CPU, or one GPU each
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
@@ -361,7 +363,7 @@ def main():
     if not prompts:
         p.error("give --prompt TEXT or --prompts FILE")
     out = Path(args.out or time.strftime("sample-%Y%m%d-%H%M%S.png"))
-    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir():
+    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir() or out.is_dir():
         p.error(f"--out {out}: must be a .png in a folder that exists")
     _, _, args.device = setup(args.device)
     draw, _ = drawer(args)

@@ -54,6 +54,7 @@ def parse_args():
     g.add_argument("--tokenizer", help="hub id or folder of the text tokenizer (default: the model's own, or microsoft/phi-1_5)")
     g.add_argument("--prompts", help="txt, or jsonl with prompt, optional reward_prompt and metadata (default: prompts/train.txt)")
     g.add_argument("--reward", help="see reward.py: clip, geneval:exact, or a weighted sum")
+    g.add_argument("--offload-reward", action="store_true", help="reward models wait on the CPU while they do not score")
     g.add_argument("--out", help="output folder (default: a new one under runs/)")
     g.add_argument("--resume", nargs="?", const="auto", help="continue: the newest checkpoint in --out, or this checkpoint folder")
     g = p.add_argument_group("the method")
@@ -348,7 +349,7 @@ def main():
         for number, line in enumerate(used, 1):
             if needed and not is_geneval(line):
                 raise InputError(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: prompt {number} lacks GenEval metadata (tag, include)")
-    reward = make_reward(args.reward, device=device, detector=detector)
+    reward = make_reward(args.reward, device=device, detector=detector, keep=not args.offload_reward)
     out = checkpoint.output_folder(args, rank)
 
     # the policy: logits of every position, closed over its prompts

@@ -30,6 +30,13 @@ print(sum(p.numel() * p.element_size() for p in showo.parameters()), peak() - be
 """
 
 
+CONVERT = """
+import os, torch
+from safetensors.torch import load_file
+torch.save(load_file({folder!r} + "/pytorch_model.safetensors"), {folder!r} + "/pytorch_model.bin")
+os.unlink({folder!r} + "/pytorch_model.safetensors")
+"""
+
 DECODE = """
 import resource, sys
 sys.path.insert(0, {root!r})
@@ -72,10 +79,12 @@ def bench_load():
     out = {}
     with tempfile.TemporaryDirectory() as folder:
         full_size_folder(Path(folder))
-        for dtype in ("float32", "bfloat16"):
+        for name, dtype in (("safetensors", "float32"), ("safetensors", "bfloat16"), ("bin", "bfloat16")):
+            if name == "bin":
+                measure(CONVERT, folder=folder)
             stays, peak = measure(LOAD, folder=folder, tokenizer=str(DATA / "prompting/tokenizer"), dtype=dtype)
-            out[dtype] = {"weights_gb": stays / 1e9, "peak_gb": peak / 1e9, "ratio": peak / stays}
-            print(f"load {dtype}: weights {stays / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, ratio {peak / stays:.3f}", flush=True)
+            out[f"{name} as {dtype}"] = {"weights_gb": stays / 1e9, "peak_gb": peak / 1e9, "ratio": peak / stays}
+            print(f"load {name} as {dtype}: weights {stays / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, ratio {peak / stays:.3f}", flush=True)
     [chunked] = measure(DECODE)
     out["decode_gb"] = chunked / 1e9
     print(f"decode 6 pictures of 512 x 512: {chunked / 1e9:.2f} GB on top of the weights", flush=True)

@@ -102,7 +102,9 @@ def test_every_layout_loads_the_same(showo, tmp_path):
             save_file({k: state[k] for k in part}, tmp_path / folder / file)
         index = ", ".join(f'"{k}": "{file}"' for file, part in zip(files, parts) for k in part)
         (tmp_path / folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{index}}}}}')
-    for path in ("mycheckpoint.pth", "bin", "sharded"):
+    torch.save({"epoch": 3, "state_dict": dict(state)}, tmp_path / "nested.pth")
+    torch.save(dict(state), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for path in ("mycheckpoint.pth", "bin", "sharded", "nested.pth", "old.pth"):
         other = load_showo(tmp_path / path, tokenizer=TOKENIZER)
         assert all(torch.equal(other.state_dict()[k], v) for k, v in state.items())
         assert (other.K, other.code_offset, other.text_vocab) == (showo.K, showo.code_offset, showo.text_vocab)
@@ -155,6 +157,10 @@ def test_half_precision(showo, expected, how):
             logits = half.logits(codes, half.encode(cases[case]["prompts"], 16))
         assert logits.dtype == torch.float32 and (logits - wanted).norm() < 2e-2 * wanted.norm()
         assert (logits - wanted).abs().max() < 2e-2 * wanted.abs().max() and not torch.equal(logits, wanted)
+    codes, wanted = tensors["cfg.input_ids"][:2, -17:-1] - showo.code_offset, tensors["cfg.guided_image_logits"]
+    with torch.no_grad():  # guidance 5 amplifies the errors of its two halves
+        guided = half.logits(codes, half.encode(cases["cfg"]["prompts"], 16), guidance=5.0)
+    assert (guided - wanted).norm() < 3e-2 * wanted.norm()
 
 
 def test_hub_cache_and_revisions_without_network(showo, tmp_path):
@@ -237,6 +243,49 @@ def test_wrong_weights_are_named(showo, tmp_path, damage, message):
     save_file(state, tmp_path / "pytorch_model.safetensors")
     with pytest.raises(InputError, match=message):
         load_showo(tmp_path, tokenizer=TOKENIZER)
+
+
+def change(name, **values):
+    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (change("config.json", num_vq_tokens="16"), "num_vq_tokens is '16'"), (change("config.json", codebook_size=65), "vocab_size 395 is not"),
+    (change("config.json", mask_token_id=7), "the last id"), (change("config.json", llm_vocab_size=319, codebook_size=65), "320 entries"),
+    (change("phi_config.json", num_hidden_layers="3"), "cannot build Showo"), (change("phi_config.json", hidden_act="nope"), "cannot build Showo"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object"), (lambda folder: (folder / "tokenizer.json").write_text("{}"), "--tokenizer"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "--tokenizer"),
+    (lambda folder: (folder / "pytorch_model.safetensors").rename(folder / "x") and (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "absent.safetensors"}}'), "shards that are not there")])
+def test_odd_folders_are_said_in_one_line(tmp_path, damage, message):
+    for source in ("showo/checkpoint", "prompting/tokenizer"):
+        shutil.copytree(DATA / source, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message) as said:
+        load_showo(tmp_path)
+    assert "\n" not in str(said.value)
+
+
+def test_a_tokenizer_of_another_model_does_not_shift_the_codes(tmp_path):
+    from transformers import AutoTokenizer
+    shutil.copy(DATA / "showo/checkpoint/pytorch_model.safetensors", tmp_path)
+    longer = AutoTokenizer.from_pretrained(TOKENIZER)
+    longer.add_tokens([f"<{i}>" for i in range(10)])
+    longer.save_pretrained(tmp_path / "longer")
+    with pytest.raises(InputError, match="codebook_size 54 is no power of two"):
+        load_showo(tmp_path / "pytorch_model.safetensors", tokenizer=tmp_path / "longer")
+
+
+def test_language_model_settings_survive_saving(tmp_path):
+    shutil.copytree(DATA / "showo/checkpoint", tmp_path / "a")
+    change("phi_config.json", rope_scaling={"rope_type": "linear", "factor": 2.0})(tmp_path / "a")
+    model = load_showo(tmp_path / "a", tokenizer=TOKENIZER)
+    model.save(tmp_path / "b")
+    codes = torch.full((1, 16), model.K)
+    with torch.no_grad():
+        first, again, plain = (m.logits(codes, m.encode(["a red cat"])) for m in (model, load_showo(tmp_path / "b"), load_showo(
+            DATA / "showo/checkpoint", tokenizer=TOKENIZER)))
+    assert torch.equal(first, again) and not torch.allclose(first, plain, atol=1e-2)
 
 
 class Trap:
