@@ -11,16 +11,18 @@ Departures from Show-o's own code: a prompt that spells a special token ("<|soi|
 control token; the text part is computed once per prompt (it never sees the image), and columns that are padding in every
 prompt not at all (rotary embeddings are relative, so both are exact).
 """
+import functools
 import json
 import os
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -57,7 +59,7 @@ class TextCache:
     records them, later ones prepend them to the image's, for batch rows that share P prompts."""
 
     def __init__(self):
-        self.layers, self.row = [], None
+        self.layers, self.row, self.graph = [], None, []
 
     def update(self, key, value, layer, *_, **__):
         if len(self.layers) == layer:
@@ -65,6 +67,16 @@ class TextCache:
             return key, value
         text_key, text_value = self.layers[layer]
         return torch.cat([text_key[self.row], key], 2), torch.cat([text_value[self.row], value], 2)
+
+    def cut(self):
+        """Gradients of image passes stop here and add up, until backward() sends their sum through the text at once."""
+        self.graph = [x for pair in self.layers for x in pair]
+        leaves = [x.detach().requires_grad_() for x in self.graph]
+        self.layers = list(zip(leaves[::2], leaves[1::2]))
+
+    def backward(self):
+        """See cut()."""
+        torch.autograd.backward(self.graph, [x.grad for pair in self.layers for x in pair])
 
 
 @dataclass
@@ -74,16 +86,18 @@ class Prompt:
     real: torch.Tensor                  # Bool (P, max_text_len + 1), False on padding
     row: torch.Tensor                   # Long (B,), the prompt of every row
     cache: TextCache | None = None      # of Showo.prefill, while weights stay as they are
+    even: bool = False                  # nothing in real is False, so that no mask is needed
+    empty: "Prompt | None" = None       # the empty prompt, prefilled, for guidance
 
     def __len__(self):
         return len(self.row)
 
     def __getitem__(self, rows):
-        return Prompt(self.ids, self.real, self.row[rows], self.cache)
+        return replace(self, row=self.row[rows])
 
     def repeat(self, G: int) -> "Prompt":
         """Every row G times: the rows of a group stand together."""
-        return Prompt(self.ids, self.real, self.row.repeat_interleave(G), self.cache)
+        return replace(self, row=self.row.repeat_interleave(G))
 
 
 class Showo(nn.Module):
@@ -109,8 +123,11 @@ class Showo(nn.Module):
                                                   for name in ("[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>"))
         self.phi = {**PHI_1_5, **phi, "vocab_size": config["vocab_size"], "qk_layernorm": True, "tie_word_embeddings": False}
         self.phi_config = PhiConfig.from_dict(dict(self.phi))
+        if self.phi_config.hidden_act == "gelu_new":
+            self.phi_config.hidden_act = "gelu_pytorch_tanh"  # the same function in one kernel
         self.showo = PhiForCausalLM._from_config(self.phi_config, attn_implementation="sdpa")
         self.compute_dtype = None  # torch.bfloat16: matrix products in half precision, weights as they are
+        self.grad_checkpoint = False  # compute every layer again in the backward pass, and keep only what goes between them
 
     @property
     def device(self):
@@ -129,45 +146,60 @@ class Showo(nn.Module):
         ids = ids.to(self.device)
         return Prompt(ids, ids != self.pad, torch.arange(len(ids), device=self.device))
 
-    def prefill(self, prompt: Prompt) -> Prompt:
-        """The text part, which is causal and never sees the image: its keys and values, once per prompt, for many logits()."""
-        with self._autocast():
-            pads = int((~prompt.real).sum(1).min())  # columns that are padding in every prompt
-            ids, real = prompt.ids[:, pads:], prompt.real[:, pads:]
-            i = torch.arange(ids.shape[1], device=ids.device)
-            attend = (i[:, None] >= i[None]) & real[:, None] | (i[:, None] == i[None])  # (P, text, text); padding sees itself
-            cache = TextCache()
-            self.showo.model(input_ids=ids, attention_mask=attend[:, None], position_ids=i[None], past_key_values=cache)
-            return Prompt(ids, real, prompt.row, cache)
+    def prefill(self, prompt: Prompt, guided=False) -> Prompt:
+        """The text part, which is causal and never sees the image: its keys and values, once per prompt, for many logits().
 
-    def logits(self, codes, prompt: Prompt, *, guidance: float = 0.0):
+        Prompts that no row uses are left out; guided: the empty prompt too."""
+        used, row = prompt.row.unique(return_inverse=True)
+        ids, real = prompt.ids[used], prompt.real[used]
+        pads = (~real).sum(1)
+        ids, real = ids[:, pads.min():], real[:, pads.min():]                   # columns that are padding in every prompt
+        even, cache, i = bool(real.all()), TextCache(), torch.arange(ids.shape[1], device=ids.device)
+        attend = (i[:, None] >= i[None]) & real[:, None] | (i[:, None] == i[None])  # (P, text, text); padding sees itself
+        self._blocks(ids, i, None if even else attend[:, None], cache, causal=True)
+        return Prompt(ids, real, row, cache, even, self.prefill(self.encode([""])) if guided else None)
+
+    def logits(self, codes, prompt: Prompt, *, guidance: float = 0.0, at=None):
         """codes Long[B, N] (K = masked), prompt of B rows -> Float32[B, N, K]; logits at a position predict that position.
 
         <|soi|>, image tokens and <|eoi|> see each other both ways and all real text. guidance g > 0: (1 + g) * conditional
-        - g * unconditional, the latter with the empty prompt. Raises ValueError when the numbers of rows differ."""
+        - g * unconditional, the latter with the empty prompt. at: Long[B, M], the positions whose logits are wanted ->
+        Float32[B, M, K]. Raises ValueError when the numbers of rows differ."""
         B, N = codes.shape
         if len(prompt) != B:
             raise ValueError(f"logits: {B} rows of codes, {len(prompt)} rows of prompts")
+        if prompt.cache is None or (guidance and prompt.empty is None):
+            prompt = self.prefill(prompt, bool(guidance))
         if guidance:
-            cond = self.logits(codes, prompt)
-            uncond = self.logits(codes, self.encode([""]).repeat(B))
+            cond = self.logits(codes, prompt, at=at)
+            uncond = self.logits(codes, prompt.empty[torch.zeros_like(codes[:, 0])], at=at)
             return (1 + guidance) * cond - guidance * uncond
-        if prompt.cache is None:
-            used, row = prompt.row.unique(return_inverse=True)
-            prompt = self.prefill(Prompt(prompt.ids[used], prompt.real[used], row))
         prompt.cache.row = prompt.row
-        column = codes.new_ones(B, 1)
-        ids = torch.cat([column * self.soi, codes + self.code_offset, column * self.eoi], 1)               # (B, N + 2)
-        attend = F.pad(prompt.real[prompt.row], (0, N + 2), value=True)[:, None, None].expand(-1, -1, N + 2, -1)
-        text = prompt.ids.shape[1]
-        position = torch.arange(text, text + N + 2, device=codes.device)
-        head, columns = self.showo.lm_head, slice(self.code_offset, self.code_offset + self.K)
-        with self._autocast():
-            hidden = self.showo.model(input_ids=ids, attention_mask=attend, past_key_values=prompt.cache,
-                                      position_ids=position[None]).last_hidden_state
-        return F.linear(hidden[:, 1:-1].float(), head.weight[columns].float(), head.bias[columns].float())
+        ids = F.pad(codes + self.code_offset, (1, 1), value=self.soi)                                   # (B, N + 2)
+        ids[:, -1] = self.eoi
+        text, attend = prompt.ids.shape[1], None
+        if not prompt.even:
+            attend = F.pad(prompt.real[prompt.row], (0, N + 2), value=True)[:, None, None].expand(-1, -1, N + 2, -1)
+        hidden = self._blocks(ids, torch.arange(text, text + N + 2, device=codes.device), attend, prompt.cache, causal=False)
+        hidden = hidden[:, 1:-1] if at is None else hidden.gather(1, (at + 1)[..., None].expand(-1, -1, hidden.shape[2]))
+        head, columns = self.showo.lm_head, slice(self.code_offset, self.code_offset + self.K)  # 8,192 of 58,498
+        with torch.autocast(codes.device.type, enabled=False):
+            return F.linear(hidden.float(), head.weight[columns].float(), head.bias[columns].float())
 
-    def _autocast(self):
+    def _blocks(self, ids, position, attend, cache, causal):
+        """What PhiModel does, but with the mask as it is: none wherever none is needed, so that the fastest kernels apply."""
+        phi = self.showo.model
+        with self.autocast():
+            hidden = phi.embed_tokens(ids)
+            rotary = phi.rotary_emb(hidden, position[None])
+            for layer in phi.layers:
+                block = functools.partial(layer, attention_mask=attend, past_key_values=cache, position_embeddings=rotary, is_causal=causal)
+                again = self.grad_checkpoint and torch.is_grad_enabled() and not causal
+                hidden = checkpoint(block, hidden, use_reentrant=False) if again else block(hidden)
+            return phi.final_layernorm(hidden)
+
+    def autocast(self):
+        """Matrix products in compute_dtype. Around several passes, it casts each weight once for all of them."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)
 
     def save(self, folder):

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.checkpoint import checkpoint
 
 
 # ------------------------------------------------------------------------------------------ the unmasking MDP
@@ -81,23 +82,25 @@ def choose_and_move(conf_logp, masked, n_stay_masked, temperature, gumbel):
     conf = conf_logp + temperature * gumbel if temperature else conf_logp
     conf = conf.masked_fill(~masked, math.inf)  # after the noise: what is unmasked stays so
     rank = conf.argsort(dim=1, stable=True).argsort(dim=1)
-    return masked & (rank >= torch.as_tensor(n_stay_masked, device=conf.device).reshape(-1, 1))
+    if torch.is_tensor(n_stay_masked):
+        n_stay_masked = n_stay_masked.to(conf.device).reshape(-1, 1)
+    return masked & (rank >= n_stay_masked)
 
 
-def _noise(kind, shape, generators, device):
-    """Noise for a batch whose rows fall into equal chunks, one generator each: a chunk's noise does not depend on the others."""
-    chunks = [torch.empty(shape[0] // len(generators), *shape[1:], device=device).exponential_(generator=g) for g in generators]
-    noise = torch.cat(chunks)
-    return -noise.log() if kind == "gumbel" else noise
+def _uniform(shape, generators, device):
+    """Float64 in [0, 1) for a batch whose rows fall into equal chunks, one generator each: a chunk's do not depend on the others."""
+    return torch.cat([torch.rand(shape[0] // len(generators), *shape[1:], generator=g, dtype=torch.float64, device=device) for g in generators])
 
 
 @torch.no_grad()
-def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine", annealing="compound", keep_sampled=False):
+def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine", annealing="compound", keep_sampled=False, masked_only=False):
     """Sample B token sequences from all masked in T iterations -> Trajectory.
 
     generator: a torch.Generator on the policy's device, or a list of them, one per equal chunk of the rows (so that a
     group's samples depend on nothing but its own). temperature, annealing: of the Gumbel noise on the confidence, see
-    temperatures(). keep_sampled: also keep [T, B, N] sampled tokens, for Eq. 13. Raises ValueError when the chunks are unequal."""
+    temperatures(). keep_sampled: also keep [T, B, N] sampled tokens, for Eq. 13. masked_only: the policy is called as
+    policy(codes, at), at Long[B, M] the masked positions, and returns their logits Float[B, M, K] alone; the samples are the
+    same. Raises ValueError when the chunks are unequal."""
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
     if B % len(generators):
         raise ValueError(f"rollout: {B} rows cannot be split evenly over {len(generators)} generators")
@@ -107,39 +110,43 @@ def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine"
     codes = torch.full((B, N), K, device=device)
     order = torch.full((B, N), T, device=device)
     threshold, kept = [], []
-    for t in range(T):
-        masked = order == T
-        probs = torch.softmax(policy(codes).float(), -1)                                        # (B, N, K)
-        drawn = (probs / _noise("exponential", (B, N, K), generators, device)).argmax(-1)       # a categorical sample
-        conf = probs.gather(-1, drawn[..., None])[..., 0]                                       # cs_t
-        gumbel = _noise("gumbel", (B, N), generators, device)
-        new = choose_and_move(conf.clamp(min=1e-20).log(), masked, stay[t], temps[t], gumbel)   # Eq. 5
-        codes, order = torch.where(new, drawn, codes), torch.where(new, t, order)
-        threshold.append(conf.masked_fill(~new, math.inf).amin(1))
+    for t, M in enumerate([N] + stay[:-1]):                                                     # M positions are masked
+        at = (order < T).long().argsort(dim=1, stable=True)[:, :M]                                  # (B, M)
+        logits = policy(codes, at) if masked_only else policy(codes).gather(1, at[..., None].expand(-1, -1, K))
+        probs = torch.softmax(logits.float(), -1)                                               # (B, M, K)
+        below = probs.cumsum(-1, dtype=torch.float64)
+        drawn = torch.searchsorted(below, _uniform((B, M, 1), generators, device) * below[..., -1:], right=True)[..., 0].clamp(max=K - 1)
+        conf = _at(probs, drawn)                                                                # cs_t
+        gumbel = -(-_uniform((B, M), generators, device).log()).log()
+        new = choose_and_move(conf.clamp(min=1e-20).log(), torch.ones_like(conf, dtype=torch.bool), stay[t], temps[t], gumbel)  # Eq. 5
         if keep_sampled:
-            kept.append(drawn)
+            kept.append(codes.scatter(1, at, drawn))
+        codes, order = codes.scatter(1, at, torch.where(new, drawn, K)), order.scatter(1, at, torch.where(new, t, T))
+        threshold.append(conf.masked_fill(~new, math.inf).amin(1))
     return Trajectory(codes, order, torch.stack(threshold, 1), torch.stack(kept) if keep_sampled else None)
 
 
 def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sampled=None):
     """log p_theta(s_{t+1} | s_t, a_t) -> Float[B], of the move that iteration t made; logits are those of state t.
 
-    logits Float[B, N, K]; codes, order Long[B, N] as in Trajectory; t an int, or Long[B] where rows differ.
+    logits Float[B, N, K]; codes, order Long[B, N] as in Trajectory; t an int, or Long[B] where rows differ. All may be cut to
+    the positions that count: the newly unmasked for p2, all masked ones for p1 and ar.
     kind "p2": Eq. 15, the newly unmasked alone. "p1": Eq. 14, times the probability, at every re-masked position, of a
     token less likely than threshold (Float[B] or [B, T]; None = its value under these logits); a re-masked position whose
-    tail mass is zero (or too small for a float) is left out of the product (value and gradient 0). "ar": Eq. 13, every masked position with the
-    token drawn there (sampled Long[B, N] or [T, B, N]). Sums are float32, float64 for float64 logits.
+    tail mass is zero (or too small for a float) is left out of the product (value and gradient 0). "ar": Eq. 13, every masked
+    position with the token drawn there (sampled Long[B, N] or [T, B, N]). Sums are float32, float64 for float64 logits.
     Raises ValueError for an unknown kind or "ar" without sampled."""
     if kind not in ("p1", "p2", "ar") or (kind == "ar" and sampled is None):
         raise ValueError(f"transition_log_prob: kind {kind!r} must be p1, p2 or ar, and ar needs sampled")
-    logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)       # (B, N, K)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                            # (B, N, K)
+    norm = logits.logsumexp(-1)  # and not log_softmax: no second (B, N, K) is kept for the backward pass
     t = torch.as_tensor(t, device=codes.device).reshape(-1, 1)                                      # (1 or B, 1)
     new, remasked = order == t, order > t
     rows = torch.arange(len(codes), device=codes.device)
     if kind == "ar":
         tokens = sampled[t[:, 0], rows] if sampled.dim() == 3 else sampled
-        return (_at(logp, tokens) * (new | remasked)).sum(1)                                        # Eq. 13
-    conf = _at(logp, codes.clamp(max=logp.shape[-1] - 1))
+        return ((_at(logits, tokens) - norm) * (new | remasked)).sum(1)                             # Eq. 13
+    conf = _at(logits, codes.clamp(max=logits.shape[-1] - 1)) - norm
     log_p2 = torch.where(new, conf, 0).sum(1)                                                       # Eq. 15
     if kind == "p2":
         return log_p2
@@ -147,10 +154,14 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
         threshold = conf.detach().exp().masked_fill(~new, math.inf).amin(1)
     elif threshold.dim() == 2:
         threshold = threshold[rows, t[:, 0].expand(len(rows))]
-    p = logp.exp()
-    mass = torch.where(p < threshold[:, None, None], p, 0).sum(-1)                                  # (B, N)
+    mass = checkpoint(_tail, logits, norm, threshold, use_reentrant=False)                          # (B, N)
     counts = remasked & (mass > torch.finfo(mass.dtype).tiny)  # of a smaller one the gradient would overflow
     return log_p2 + torch.where(counts, mass, 1).log().sum(1)                                       # Eq. 14
+
+
+def _tail(logits, norm, threshold):
+    p = (logits - norm[..., None]).exp()
+    return torch.where(p < threshold[:, None, None], p, 0).sum(-1)
 
 
 def _at(logp, tokens):
@@ -232,10 +243,11 @@ def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, bat
     pictures, per = [], max(1, batch // n)
     for i in range(0, len(prompts), per):
         chunk = prompts[i:i + per]
-        prompt = showo.prefill(showo.encode(chunk)).repeat(n)
+        prompt = showo.prefill(showo.encode(chunk), guided=bool(guidance)).repeat(n)
         generators = [torch.Generator(showo.device).manual_seed(seeds[i + k] if seeds else i + k) for k in range(len(chunk))]
-        codes = rollout(lambda codes: showo.logits(codes, prompt, guidance=guidance), len(prompt), showo.N, showo.K, T,
-                        generator=generators, **how).codes
+        with showo.autocast():
+            codes = rollout(lambda codes, at: showo.logits(codes, prompt, guidance=guidance, at=at), len(prompt), showo.N, showo.K, T,
+                            generator=generators, masked_only=True, **how).codes
         pictures.append(to_uint8(magvit.decode(codes)).cpu())
     return torch.cat(pictures)
 

@@ -32,7 +32,7 @@ from eval_geneval import is_geneval, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
 from model import InputError, Prompt, load_showo, to_uint8
 from reward import make_reward
-from sample import (Parser, Trajectory, generate, grid, half_or_float, in_range, load_models, peak_gib, read_prompts, rollout, run,
+from sample import (Parser, Trajectory, generate, grid, half_or_float, in_range, load_models, mask_schedule, peak_gib, read_prompts, rollout, run,
                     setup, transition_log_prob)
 
 PRESETS = {
@@ -80,7 +80,8 @@ def parse_args():
     g.add_argument("--warmup", type=in_range(int, 0), help="linear warm-up steps, times a cosine from the start to 0 at the end")
     g.add_argument("--weight-decay", type=in_range(float, 0))
     g.add_argument("--max-grad-norm", type=in_range(float, 0), default=1.0, help="0 = no clipping")
-    g.add_argument("--micro-batch", type=in_range(int, 1), help="pictures per forward pass of the update; memory only")
+    g.add_argument("--micro-batch", type=in_range(int, 1), help="pictures per forward pass, in rollout and update; memory only")
+    g.add_argument("--grad-checkpoint", action="store_true", help="compute layers again in the backward pass: less memory, a third more work")
     g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the computation; weights stay fp32; auto: bf16 on a GPU")
     g.add_argument("--seed", type=in_range(int, 0, 2 ** 31), default=42)
     g = p.add_argument_group("watching")
@@ -171,19 +172,22 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> B
         if pending.any():
             chosen, rows = pending.nonzero()[:, 0].tolist(), pending.repeat_interleave(G).nonzero()[:, 0].to(device)
             asked = [lines[i] for i in chosen for _ in range(G)]
-            with clock("rollout"), torch.no_grad():
-                prompt = showo.prefill(batch.prompt)[rows]
-                traj = rollout(lambda codes: showo.logits(codes, prompt), len(rows), showo.N, showo.K, args.unmask_steps,
-                               generator=[generator(device, args.seed, step, first + i, attempt) for i in chosen],
-                               temperature=args.temperature, keep_sampled=args.transition == "ar")
+            per = max(1, args.micro_batch // G)                                                 # groups in one batch
+            with clock("rollout"), torch.no_grad(), showo.autocast():
+                for some in (chosen[k:k + per] for k in range(0, len(chosen), per)):
+                    at_rows = torch.tensor([i * G + g for i in some for g in range(G)], device=device)
+                    prompt = showo.prefill(batch.prompt[at_rows])
+                    traj = rollout(lambda codes, at: showo.logits(codes, prompt, at=at), len(at_rows), showo.N, showo.K, args.unmask_steps,
+                                   generator=[generator(device, args.seed, step, first + i, attempt) for i in some],
+                                   temperature=args.temperature, keep_sampled=args.transition == "ar", masked_only=True)
+                    for name in ("codes", "order", "threshold"):
+                        getattr(batch.traj, name)[at_rows] = getattr(traj, name)
+                    if traj.sampled is not None:
+                        batch.traj.sampled[:, at_rows] = traj.sampled
             with clock("decode"), torch.no_grad():
-                images = to_uint8(magvit.decode(traj.codes))
+                images = to_uint8(magvit.decode(batch.traj.codes[rows]))
             with clock("reward"):
                 values = reward(images, [line.get("reward_prompt", line["prompt"]) for line in asked], asked)
-            for name in ("codes", "order", "threshold"):
-                getattr(batch.traj, name)[rows] = getattr(traj, name)
-            if traj.sampled is not None:
-                batch.traj.sampled[:, rows] = traj.sampled
             for name, part in {"": values, **reward.log}.items():
                 (batch.log.setdefault(name, torch.zeros(P, G)) if name else batch.rewards)[pending] = part.reshape(-1, G)
         if sample_filter is None:
@@ -215,29 +219,34 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
     used = torch.arange(len(adv), device=device) if reference else adv.nonzero()[:, 0]          # the rest has no gradient
     B = all_sum(torch.tensor(float(len(adv)), device=device)).item()                            # pictures of all processes
     logp_old = torch.zeros(args.unmask_steps, len(adv), device=device)
+    place = batch.traj.order.argsort(dim=1, stable=True)                                            # positions, the first unmasked first
+    ends = [showo.N - n for n in mask_schedule(showo.N, args.unmask_steps).tolist()]            # how many are unmasked after t
     stats, n_skipped = [], 0
     for epoch in range(args.inner_epochs):
-        for t in iterations:
-            for rows in used.split(args.micro_batch) if len(used) else ():
-                traj = batch.traj
-                codes, order, prompt = traj.codes[rows], traj.order[rows], batch.prompt[rows]
-                state = torch.where(order < t, codes, showo.K)                                  # Y_t
-                move = dict(codes=codes, order=order, t=t, kind=args.transition, threshold=traj.threshold[rows],
-                            sampled=None if traj.sampled is None else traj.sampled[:, rows])
-                logits = showo.logits(state, prompt)
-                logp = transition_log_prob(logits, **move)                                      # (b,)
-                if epoch == 0:
-                    logp_old[t, rows] = logp.detach()                                           # on policy: the ratio is 1
-                share = len(rows) / (B * len(iterations))                                       # Eq. 10 is a mean
-                loss = -share * clipped_objective(logp, logp_old[t, rows], adv[rows], args.clip_low, args.clip_high)
-                kl = torch.zeros((), device=device)
-                if reference:
-                    with torch.no_grad():
-                        logp_ref = transition_log_prob(reference.logits(state, prompt), **move)
-                    kl = kl_k3(logp, logp_ref)
-                    loss = loss + share * args.kl_beta * kl
-                loss.backward()
-                stats.append(move_stats(logp, logp_old[t, rows], logits, order == t, kl, args))
+        for rows in used.split(args.micro_batch) if len(used) else ():
+            with showo.autocast():
+                prompt = showo.prefill(batch.prompt[rows])                                      # the text once for all iterations
+                prompt.cache.cut()
+                for t in iterations:
+                    first, new = (ends[t - 1] if t else 0), slice(0, ends[t] - (ends[t - 1] if t else 0))
+                    at = place[rows, first:ends[t] if args.transition == "p2" else None]        # only these enter the loss
+                    move = move_at(batch.traj, rows, at, t, args.transition)
+                    state = batch.traj.state(t, showo.K)[rows]                                  # Y_t
+                    logits = showo.logits(state, prompt, at=at)                                 # (b, M, K)
+                    logp = transition_log_prob(logits, **move)                                  # (b,)
+                    if epoch == 0:
+                        logp_old[t, rows] = logp.detach()                                       # on policy: the ratio is 1
+                    share = len(rows) / (B * len(iterations))                                   # Eq. 10 is a mean
+                    loss = -share * clipped_objective(logp, logp_old[t, rows], adv[rows], args.clip_low, args.clip_high)
+                    kl = torch.zeros((), device=device)
+                    if reference:
+                        with torch.no_grad():
+                            logp_ref = transition_log_prob(reference.logits(state, batch.prompt[rows], at=at), **move)
+                        kl = kl_k3(logp, logp_ref)
+                        loss = loss + share * args.kl_beta * kl
+                    loss.backward()
+                    stats.append(move_stats(logp, logp_old[t, rows], logits[:, new], kl, args))
+                prompt.cache.backward()
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             all_sum(p.grad)
@@ -254,15 +263,23 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
             "approx_kl": off / n, "clip_fraction": clipped / n, "kl_ref": kl / n, "entropy": entropy / max(n_new, 1)}
 
 
+def move_at(traj, rows, at, t, kind) -> dict:
+    """What transition_log_prob takes beside logits, of these rows, at the positions at Long[b, M]."""
+    pick = lambda x: x[rows].gather(1, at)  # noqa: E731
+    return dict(codes=pick(traj.codes), order=pick(traj.order), t=t, kind=kind, threshold=traj.threshold[rows],
+                sampled=None if traj.sampled is None else pick(traj.sampled[t]))
+
+
 @torch.no_grad()
-def move_stats(logp, logp_old, logits, new, kl, args):
+def move_stats(logp, logp_old, logits, kl, args):
     """Sums over the rows of one pass: rows, ratio, k3 of the old against the new policy, clipped, KL to the reference,
-    entropy at the newly unmasked positions, how many of these; and the largest ratio."""
+    entropy at the newly unmasked positions, whose logits (b, n, K) are given, how many of these; and the largest ratio."""
     ratio = (logp - logp_old).exp()
-    p = torch.log_softmax(logits[new].float(), -1)
+    p = torch.log_softmax(logits.float(), -1)
     sums = [torch.tensor(float(len(logp))), ratio.sum(), (ratio - 1 - ratio.log()).sum(),
-            ((ratio < args.clip_low) | (ratio > args.clip_high)).sum(), kl * len(logp), -(p.exp() * p).sum(), new.sum(), ratio.amax()]
-    return torch.stack([x.float().to(logp.device) for x in sums])
+            ((ratio < args.clip_low) | (ratio > args.clip_high)).sum(), kl * len(logp), -(p.exp() * p).sum(),
+            torch.tensor(float(logits.shape[0] * logits.shape[1])), ratio.amax()]
+    return torch.stack([x.float().to(logp.device, non_blocking=True) for x in sums])
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -356,10 +373,11 @@ def main():
     showo, magvit, loaded = load_models(args.model, ckpt=folder, vq=args.vq, tokenizer=args.tokenizer, revision=args.revision, device=device)
     if half_or_float(args.dtype, device) != torch.float32:
         showo.compute_dtype = torch.bfloat16
+    showo.grad_checkpoint = args.grad_checkpoint
     reference = None
     if not args.no_kl and args.kl_beta:
-        reference = load_showo(args.model, tokenizer=args.tokenizer, device=device, revision=args.revision).requires_grad_(False)
-        reference.compute_dtype = showo.compute_dtype
+        reference = load_showo(args.model, tokenizer=args.tokenizer, device=device, revision=args.revision,
+                               dtype=showo.compute_dtype or torch.float32).requires_grad_(False)
     params = list(showo.parameters())
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     sample_filter = SampleFilter(args.filter_percentile, args.filter_warmup) if args.filter_low else None
