@@ -10,7 +10,6 @@ thresholds is float32, as there. Departure: the detector is transformers' Mask2F
 weights are another training run than mmdet's, so absolute numbers shift, counting most of all. Which detector was used
 stands in summary.json and in the last line printed: numbers of different detectors are not comparable.
 """
-import functools
 import itertools
 import json
 import math
@@ -181,10 +180,14 @@ def exact_score(raw: dict, metadata: dict, colours: dict) -> bool:
 
 
 def is_geneval(line: dict) -> bool:
-    """Whether a prompt line has GenEval metadata: a tag, and clauses with a class and a count."""
-    include = line.get("include")
-    return isinstance(line.get("tag"), str) and isinstance(include, list) and bool(include) and all(
-        isinstance(c, dict) and "class" in c and isinstance(c.get("count"), int) for c in include)
+    """Whether a prompt line has GenEval metadata: prompt, tag, and clauses with a class, a count, and earlier targets."""
+    if not (isinstance(line, dict) and isinstance(line.get("tag"), str) and isinstance(line.get("prompt"), str) and line.get("include")):
+        return False
+    clauses = [line["include"], line.get("exclude", [])]
+    return all(isinstance(c, list) for c in clauses) and all(
+        isinstance(c, dict) and isinstance(c.get("class"), str) and type(c.get("count")) is int and c["count"] > 0
+        and ("position" not in c or (isinstance(c["position"], list) and len(c["position"]) == 2 and c["position"][1] in range(i)))
+        for some in clauses for i, c in enumerate(some))
 
 
 def verdicts(lines: list[dict], found: list) -> dict:
@@ -241,17 +244,18 @@ def instances(class_logits, mask_logits, padded, resized, original, max_per_imag
     return label, torch.cat([boxes, (scores * inside[place])[:, None]], 1), masks[place]
 
 
-class Detector:
+class Detector(torch.nn.Module):
     """Mask2Former and the colour classifier: images uint8[B, 3, H, W], B GenEval lines -> B times (detections {class: [[x1, y1,
     x2, y2, score], ...]} in ascending score, colours {class: [colour, ...]} in the order in which filter_detections keeps
-    the boxes, for the classes whose colour the line asks for).
+    the boxes, for the classes whose colour the line asks for). batch: pictures at a time, about 1 GB each at 800 x 800.
 
     Only pairs with a class score over 0.3 are looked at, since nothing below is ever kept. Raises InputError when the
     weights are not those of a COCO detector."""
 
-    def __init__(self, name=DETECTOR, device="cpu"):
+    def __init__(self, name=DETECTOR, device="cpu", batch=8):
         from transformers import Mask2FormerForUniversalSegmentation
-        self.name, self.device, folder = name, device, fetch(name, ["config", "weights"])
+        super().__init__()
+        self.name, self.batch, self.texts, folder = str(name), batch, {}, fetch(name, ["config", "weights"])
         try:
             self.model, info = Mask2FormerForUniversalSegmentation.from_pretrained(folder, output_loading_info=True)
         except (OSError, ImportError, RuntimeError, ValueError) as error:
@@ -260,15 +264,21 @@ class Detector:
         if wrong or self.model.config.num_labels != len(CLASSES):
             raise InputError(f"--detector {name}: not a Mask2Former for the {len(CLASSES)} COCO classes ({self.model.config.num_labels} "
                              f"classes, {len(wrong)} weights missing, e.g. {wrong[:1]})")
-        self.model.eval().requires_grad_(False).to(device)
+        self.clip, self.transform, self.tokenizer = load_clip(COLOUR_CLIP, device)
+        self.eval().requires_grad_(False).to(device)
+
+    def forward(self, images, lines):
+        """See above."""
+        return [pair for i in range(0, len(lines), self.batch) for pair in self.some(images[i:i + self.batch], lines[i:i + self.batch])]
 
     @torch.no_grad()
-    def __call__(self, images, lines):
+    def some(self, images, lines):
+        """One batch of forward()."""
         height, width = images.shape[-2:]
         scale = min(1333 / max(height, width), 800 / min(height, width))
         resized = [int(side * scale + 0.5) for side in (height, width)]
         padded = [-(-side // 32) * 32 for side in resized]
-        pixels = F.interpolate(images.to(self.device).float(), resized, mode="bilinear", align_corners=False).round()
+        pixels = F.interpolate(images.to(self.model.device).float(), resized, mode="bilinear", align_corners=False).round()
         pixels = F.pad(pixels, (0, padded[1] - resized[1], 0, padded[0] - resized[0]), value=128)
         mean, std = (pixels.new_tensor(x).view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
         raw = self.model(pixel_values=(pixels - mean) / std)
@@ -284,28 +294,22 @@ class Detector:
             out.append((found, {name: self.colours(image, name, kept[name], kept_masks[name]) for name in asked}))
         return out
 
-    @functools.cached_property
-    def clip(self):
-        """(model, transform, tokenizer), loaded when the first colour is asked for."""
-        return load_clip(COLOUR_CLIP, self.device)
-
-    @functools.cache
     def colour_texts(self, name):
         """Float (10, E): the mean direction of three sentences per colour."""
-        model, _, tokenizer = self.clip
-        texts = [template.format(colour, name) for colour in COLOURS for template in
-                 ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")]
-        features = F.normalize(model.encode_text(tokenizer(texts).to(self.device)).float(), dim=-1)
-        return F.normalize(features.view(len(COLOURS), 3, -1).mean(1), dim=-1)
+        if name not in self.texts:
+            texts = [template.format(colour, name) for colour in COLOURS for template in
+                     ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")]
+            features = F.normalize(self.clip.encode_text(self.tokenizer(texts).to(self.model.device)).float(), dim=-1)
+            self.texts[name] = F.normalize(features.view(len(COLOURS), 3, -1).mean(1), dim=-1)
+        return self.texts[name].to(self.model.device)
 
     def colours(self, image, name, boxes, masks):
         """The colour of every box of a class: zero-shot CLIP on its crop, everything outside its mask grey. The preprocessing
         stays PIL's own: an argmax can hang on the last bit."""
-        model, transform, _ = self.clip
         picture = image.permute(1, 2, 0).cpu().numpy()
         crops = [Image.fromarray(np.where(mask.numpy()[..., None], picture, np.uint8(153))).crop(box[:4]) for box, mask in zip(boxes, masks)]
-        pixels = torch.stack([transform(crop) for crop in crops]).to(self.device, next(model.parameters()).dtype)
-        features = F.normalize(model.encode_image(pixels).float(), dim=-1)
+        pixels = torch.stack([self.transform(crop) for crop in crops]).to(self.model.device, self.clip.token_embedding.weight.dtype)
+        features = F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
         return [COLOURS[i] for i in (features @ self.colour_texts(name).T).argmax(1).tolist()]
 
 
@@ -328,10 +332,12 @@ def draw_folder(out, lines, n, draw, batch, rank=0, world=1):
     todo, drawn = [], 0
     for i in range(rank, len(lines), world):
         folder, text = out / f"{i:05d}", json.dumps(lines[i])
-        if (folder / "metadata.jsonl").exists() and (folder / "metadata.jsonl").read_text() != text:
+        seen = (folder / "metadata.jsonl").read_text() if (folder / "metadata.jsonl").exists() else ""
+        if seen not in ("", text):
             raise InputError(f"--out {out}: {folder.name} belongs to another prompt; choose a new folder")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "metadata.jsonl").write_text(text)
+        if not seen:
+            (folder / "metadata.jsonl").write_text(text)
         files = [folder / "samples" / f"{k:04d}.png" for k in range(n)]
         lacking = {k for k in range(n) if read_picture(files[k]) is None}
         todo += [(i, files, lacking)] if lacking else []
@@ -362,6 +368,8 @@ def score_folder(out, detect, batch=8, rank=0, world=1) -> list[dict]:
             raise InputError(f"{folder}: needs metadata.jsonl and samples/ ({error})") from None
         if not is_geneval(line):
             raise InputError(f"{folder}/metadata.jsonl: lacks GenEval metadata (tag, include, prompt)")
+        if not work or work[-1][1] is not line:
+            raise InputError(f"{folder}/samples: holds no picture; draw it, or remove the folder")
     chunks = [work[i:i + batch] for i in range(0, len(work), batch)]
     with ThreadPoolExecutor(4) as pool:
         read = lambda chunk: [pool.submit(read_picture, file) for file, _ in chunk]  # noqa: E731
@@ -442,18 +450,21 @@ def main():
         p.error(f"--score-only {out}: not a folder of the official layout (NNNNN/metadata.jsonl, NNNNN/samples/0000.png)")
     rank, world, args.device = setup(args.device)
     name, facts = args.detector or ("shapes" if args.model == "shapes" else DETECTOR), {}
-    detector = None if args.images_only else shapes.detect if name == "shapes" else Detector(name, args.device)
+    detector = None if args.images_only else shapes.detect if name == "shapes" else Detector(name, args.device, args.detect_batch)
     if args.out:
-        settings = {k: str(getattr(args, k)) for k in ("model", "ckpt", "revision", "vq", "steps", "cfg", "temperature", "schedule", "annealing", "n", "dtype")}
-        kept = out / "settings.json"
-        if kept.exists() and json.loads(kept.read_text()) != settings:
+        draw, batch, settings = drawer(args, say=rank == 0)
+        settings["n"], kept = args.n, out / "settings.json"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            before = json.loads(kept.read_text() or "null") if kept.exists() else None
+        except (OSError, ValueError) as error:
+            raise InputError(f"--out {out}: cannot be used ({first_line(error)})") from None
+        if before not in (None, settings):
             p.error(f"--out {out}: was drawn with other settings ({kept.name}); give the same ones or choose a new folder")
-        if not kept.exists() and out.exists() and any(out.iterdir()):
+        if before is None and any(f.name != kept.name for f in out.iterdir()):
             p.error(f"--out {out}: is not empty, and not a folder of this program; choose a new one")
         barrier()
-        draw, batch = drawer(args, say=rank == 0)
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
+        if rank == 0 and before is None:
             kept.write_text(json.dumps(settings, indent=2) + "\n")
         barrier()
         start = time.time()

@@ -22,10 +22,12 @@ pictures in tests/data: none). GenEval's colour classifier, whose argmax can han
 """
 import base64
 import io
+import http.client
 import json
+import math
 import re
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -34,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from model import InputError, fetch, first_line, load_strict, load_tokenizer, read_weights
+from model import InputError, fetch, first_line, load_strict, read_weights
 
 CLIP_DEFAULT, PICKSCORE_DEFAULT, HPS_ARCHITECTURE = "ViT-H-14/laion2b_s32b_b79k", "yuvalkirstain/PickScore_v1", "ViT-H-14"
 HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -106,12 +108,19 @@ def _parse(part):
         match = re.fullmatch(r"http:(https?://[^/]+(?:/[^:]*)?)(?::([-+.\deE]+))?", part)
         if not match:
             raise InputError(f"--reward {part}: wanted http:URL, such as http:http://127.0.0.1:8000/score")
-        return "http", float(match[2] or 1), match[1]
+        try:
+            urllib.parse.urlsplit(match[1]).port
+            return "http", float(match[2] or 1), match[1]
+        except ValueError:
+            raise InputError(f"--reward {part}: the port or the weight is no number") from None
     name, *rest = part.split(":")
     try:
-        return name, float(rest[-1]) if rest else 1.0, ":".join(rest[:-1])
+        weight = float(rest.pop()) if rest and not (name == "hpsv2" and len(rest) == 1 and rest[0] in ("2.0", "2.1")) else 1.0
     except ValueError:
-        return name, 1.0, ":".join(rest)
+        weight, rest = 1.0, part.split(":")[1:]
+    if not math.isfinite(weight):
+        raise InputError(f"--reward {part}: the weight must be a finite number")
+    return name, weight, ":".join(rest)
 
 
 # ---------------------------------------------------------------------------------------------- CLIP's family
@@ -143,13 +152,22 @@ def load_clip(name, device="cpu"):
     gradients, in half precision on a GPU. Raises InputError when open_clip cannot load it."""
     import open_clip
     architecture, _, pretrained = name.partition("/")
+    if not pretrained:
+        raise InputError(f"clip {name}: wanted MODEL/PRETRAINED, such as {CLIP_DEFAULT}")
     try:
-        model, _, transform = open_clip.create_model_and_transforms(
-            architecture, pretrained=pretrained, device=device, precision="fp16" if torch.device(device).type == "cuda" else "fp32")
+        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=pretrained, device=device)
     except Exception as error:  # unknown names are RuntimeErrors, the hub client has errors of its own
         raise InputError(f"clip {name}: open_clip cannot load it ({first_line(error)}); check the name and the network, or give "
                          "MODEL/PATH-TO-WEIGHTS") from None
-    return model.eval().requires_grad_(False), transform, open_clip.get_tokenizer(architecture)
+    return _ready(model, device), transform, open_clip.get_tokenizer(architecture)
+
+
+def _ready(model, device):
+    """For scoring: no gradients, half precision on a GPU but for the scale, which exp() would quantise."""
+    scale = model.logit_scale.data.float()
+    model.eval().requires_grad_(False).to(device, torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+    model.logit_scale.data = scale.to(device)
+    return model
 
 
 def clip_cosine(model, pixels, tokens):
@@ -172,7 +190,7 @@ class ClipReward:
         self.model, _, self.tokenizer = load_clip(name, device)
 
     def __call__(self, images, prompts, metadata):
-        weight = next(self.model.parameters())
+        weight = self.model.token_embedding.weight
         size = self.model.visual.image_size
         size = size if isinstance(size, int) else size[0]
         values = [self.score(self.model, prepare(some.to(weight.device), size, self.fit).to(weight.dtype), self.tokenizer(texts).to(weight.device))
@@ -191,9 +209,9 @@ class HpsReward(ClipReward):
             path = fetch("xswu/HPSv2", [HPS_FILES[version]]) / HPS_FILES[version]
         elif not Path(version).is_file():
             raise InputError(f"--reward hpsv2:{version}: wanted v2.0, v2.1 or a file")
-        self.model, self.tokenizer = open_clip.create_model(HPS_ARCHITECTURE).eval(), open_clip.get_tokenizer(HPS_ARCHITECTURE)
+        self.model, self.tokenizer = open_clip.create_model(HPS_ARCHITECTURE), open_clip.get_tokenizer(HPS_ARCHITECTURE)
         load_strict(self.model, read_weights(path), path)
-        self.model.requires_grad_(False).to(device, torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+        _ready(self.model, device)
 
 
 class PickScore:
@@ -204,21 +222,25 @@ class PickScore:
         from transformers import CLIPModel
         folder = fetch(name, ["config", "weights"])
         try:
-            model = CLIPModel.from_pretrained(folder)
+            model, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
+            if lacking := set(info["missing_keys"]) & dict(model.named_parameters()).keys():
+                raise ValueError(f"{len(lacking)} weights missing, e.g. {min(lacking)}")
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"--reward pickscore:{name}: cannot load it ({first_line(error)})") from None
-        self.model = model.eval().requires_grad_(False).to(device, torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+        self.model = _ready(model, device)
         self.tokenizer = open_clip.get_tokenizer(HPS_ARCHITECTURE)
 
     def __call__(self, images, prompts, metadata):
-        weight, size = self.model.logit_scale, self.model.config.vision_config.image_size
+        weight, size = self.model.visual_projection.weight, self.model.config.vision_config.image_size
         return torch.cat([pickscore(self.model, prepare(some.to(weight.device), size).to(weight.dtype), self.tokenizer(texts).to(weight.device))
                           for some, texts in _chunks(images, prompts)]), {}
 
 
 def pickscore(model, pixels, tokens):
-    """logits_per_image[i, i] / 26 of transformers' CLIPModel -> Float32[B]."""
-    return model(input_ids=tokens, pixel_values=pixels).logits_per_image.float().diagonal() / 26
+    """exp(logit_scale) * cosine of picture i and text i / 26 under transformers' CLIPModel -> Float32[B]."""
+    out = model(input_ids=tokens, pixel_values=pixels)
+    cosine = (F.normalize(out.image_embeds.float(), dim=-1) * F.normalize(out.text_embeds.float(), dim=-1)).sum(-1)
+    return model.logit_scale.exp().float() * cosine / 26
 
 
 def _chunks(images, prompts, size=64):
@@ -284,7 +306,12 @@ def load_imagereward(name, device="cpu") -> ImageReward:
     """A hub id with ImageReward.pt, or that file -> ImageReward, without gradients. Raises InputError."""
     path = fetch(name, ["ImageReward.pt"])
     path = path / "ImageReward.pt" if path.is_dir() else path
-    model = ImageReward(load_tokenizer("google-bert/bert-base-uncased")).eval().requires_grad_(False)
+    from transformers import BertTokenizer
+    try:
+        tokenizer = BertTokenizer.from_pretrained(fetch("google-bert/bert-base-uncased", ["tokenizer"]))
+    except OSError as error:
+        raise InputError(f"--reward imagereward: the tokenizer google-bert/bert-base-uncased cannot be read ({first_line(error)})") from None
+    model = ImageReward(tokenizer).eval().requires_grad_(False)
     load_strict(model, model.from_official(read_weights(path)), path)
     return model.to(device)
 
@@ -303,12 +330,14 @@ def geneval_reward(rule, detector, device):
     def score(images, prompts, metadata):
         if metadata is None or not all(map(is_geneval, metadata)):
             raise InputError("--reward geneval: every prompt needs GenEval metadata (tag, include) in the prompt file")
-        found = [pair for i in range(0, len(images), 256) for pair in detector(images[i:i + 256], metadata[i:i + 256])]
+        found = detector(images, metadata)
         log = verdicts(metadata, found)
         values = log["exact"] if rule == "exact" else torch.tensor(
             [strict_score(filter_detections(raw, line["tag"]), line, colours)[0 if rule == "strict" else 2]
              for (raw, colours), line in zip(found, metadata)], dtype=torch.float)
         return values, {name: log[name] for name in ("objects", "objects_asked")}
+    if isinstance(detector, torch.nn.Module):
+        score.model = detector
     return score
 
 
@@ -343,7 +372,7 @@ class HttpReward:
             except (ValueError, KeyError, TypeError) as error:
                 raise error if isinstance(error, InputError) else InputError(
                     f'--reward http:{self.url}: its answer is not {{"scores": [number, ...]}} ({first_line(error)})') from None
-            except OSError as error:  # urllib's errors, time-outs, refused connections
+            except (OSError, http.client.HTTPException) as error:  # time-outs, refused connections, half answers
                 if attempt == self.tries or getattr(error, "code", 500) < 500:
                     raise InputError(f"--reward http:{self.url}: no scores after {attempt} tries ({first_line(error)}); is the server "
                                      f"up, and fast enough for {self.timeout:.0f} s?") from None
@@ -363,12 +392,13 @@ def main():
     from sample import Parser, in_range, read_prompts, setup
     p = Parser("Score pictures: the mean of every part of a reward, and its standard error over prompts.")
     p.add_argument("--reward", required=True, help=USAGE)
-    p.add_argument("--images", required=True, help="a folder of PNGs, in the order of names: the same number for every prompt; subfolders count")
+    p.add_argument("--images", required=True, help="a folder of PNGs in the order of their names and numbers, the same number for every prompt; subfolders count")
     p.add_argument("--prompts", required=True, help="txt, or jsonl with prompt, optional reward_prompt and metadata")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--batch", type=in_range(int, 1), default=64, help="pictures read at a time")
     args = p.parse_args()
-    lines, files = read_prompts(args.prompts), sorted(f for f in Path(args.images).rglob("*.png") if f.name != "grid.png")
+    number = lambda f: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(f))]  # noqa: E731  (2 before 10)
+    lines, files = read_prompts(args.prompts), sorted((f for f in Path(args.images).rglob("*.png") if f.name != "grid.png"), key=number)
     n = len(files) // len(lines)
     if not n or n * len(lines) != len(files):
         p.error(f"--images {args.images}: {len(files)} PNGs for {len(lines)} prompts; wanted the same number for every prompt")

@@ -210,8 +210,8 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, revision=None, dev
 
 
 def drawer(args, say=True):
-    """The flags of add_model_flags -> (draw(prompts, n, seeds) -> uint8 [len(prompts) * n, 3, H, W], pictures at a time);
-    loads the models, and says which."""
+    """The flags of add_model_flags -> (draw(prompts, n, seeds) -> uint8 [len(prompts) * n, 3, H, W], pictures at a time, and
+    what the pictures depend on); loads the models, and says which."""
     steps, cfg, batch = (default if value is None else value for value, default in zip(
         (args.steps, args.cfg, args.batch), (16, 0.0, 256) if args.model == "shapes" else (50, 5.0, 8)))
     showo, magvit, said = load_models(args.model, ckpt=args.ckpt, vq=args.vq, tokenizer=args.tokenizer, revision=args.revision,
@@ -219,7 +219,9 @@ def drawer(args, say=True):
     if say:
         print(said, flush=True)
     how = dict(T=steps, guidance=cfg, batch=batch, schedule=args.schedule, annealing=args.annealing, temperature=args.temperature)
-    return lambda prompts, n, seeds: generate(showo, magvit, prompts, n=n, seeds=seeds, **how), batch
+    models = {"model": args.model, "ckpt": args.ckpt and str(Path(args.ckpt).absolute()), "revision": args.revision, "vq": args.vq}
+    facts = models | {k: v for k, v in how.items() if k != "batch"} | {"dtype": str(showo.showo.dtype)[6:]}
+    return lambda prompts, n, seeds: generate(showo, magvit, prompts, n=n, seeds=seeds, **how), batch, facts
 
 
 def half_or_float(name, device):
@@ -293,8 +295,8 @@ def read_prompts(path) -> list[dict]:
                 entry = json.loads(line)
             except ValueError:
                 raise InputError(f"--prompts {path}: line {number} is not JSON") from None
-            if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-                raise InputError(f'--prompts {path}: line {number} has no "prompt" text')
+            if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not isinstance(entry.get("reward_prompt", ""), str):
+                raise InputError(f'--prompts {path}: line {number} has no "prompt" text, or a "reward_prompt" that is none')
         out.append(entry)
     if not out:
         raise InputError(f"--prompts {path}: no prompts in it")
@@ -378,7 +380,7 @@ def main():
     if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir() or out.is_dir():
         p.error(f"--out {out}: must be a .png in a folder that exists")
     _, _, args.device = setup(args.device)
-    draw, _ = drawer(args)
+    draw, _, _ = drawer(args)
     pictures = draw(prompts, args.n, [args.seed * 1_000_003 + i for i in range(len(prompts))])
     if len(pictures) == 1:
         Image.fromarray(pictures[0].permute(1, 2, 0).numpy()).save(out)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import SPECIALS, MAGVITv2, Prompt, Showo
+from model import SPECIALS, InputError, MAGVITv2, Prompt, Showo
 from sample import Parser, in_range, run
 
 FOLDER = Path(__file__).parent / "shapes"
@@ -139,6 +139,8 @@ def detect(images, lines=None) -> list[tuple[dict, dict]]:
     A cell is the object whose template is nearest; score = 1 - d(nearest) / d(nearest of any other object or of an empty
     cell), d = squared distance: 1 for a perfect drawing, 0 halfway. Rows are in ascending score, colours in the order in
     which eval_geneval.filter_detections keeps the boxes. Boxes in pixels. lines: GenEval's, not needed here."""
+    if images.shape[-2:] != (CELL * GRID, CELL * GRID):
+        raise InputError(f"the exact detector of shapes judges pictures of {CELL * GRID} x {CELL * GRID}, not {images.shape[-1]} x {images.shape[-2]}")
     B, d = len(images), distances(images)
     best = torch.full((len(d), len(LABELS) + 1), math.inf).scatter_reduce(
         1, TEMPLATE_LABEL.expand(len(d), -1), d, "amin")                                    # (B * 16, 41)

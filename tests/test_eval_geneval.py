@@ -132,7 +132,7 @@ def test_the_detector_end_to_end(detector, monkeypatch):
         assert ours.keys() == other.keys()
         for name in ours:
             torch.testing.assert_close(torch.tensor(ours[name]), torch.tensor(other[name]), atol=1e-3, rtol=1e-3)
-    model, transform, tokenizer = detector.clip
+    model, transform, tokenizer = detector.clip, detector.transform, detector.tokenizer
     judged = 0
     for picture, (found, colours) in zip(pictures, together):
         kept = filter_detections(found, "colors")
@@ -202,6 +202,8 @@ def test_drawing_is_resumed_and_broken_pictures_drawn_again(tmp_path):
     assert draw_folder(tmp_path / "two", LINES, 2, truth, 64) == 2 and not same()
     kept.write_bytes((tmp_path / "one/00003/samples/0000.png").read_bytes())
     assert same()
+    (tmp_path / "two/00001/metadata.jsonl").write_text("")                       # as a kill leaves it
+    assert draw_folder(tmp_path / "two", LINES, 2, truth, 64) == 0 and same()
     with pytest.raises(InputError, match="00001 belongs to another prompt"):
         draw_folder(tmp_path / "two", [LINES[0], LINES[2]], 2, truth, 64)
 
@@ -223,6 +225,12 @@ def test_scoring_a_folder(tmp_path, capsys):
     (tmp_path / "00001/samples/0001.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="0001.png: is not a readable picture"):
         score_folder(tmp_path, shapes.detect)
+    for f in (tmp_path / "00001/samples").iterdir():
+        f.unlink()
+    with pytest.raises(InputError, match="00001/samples: holds no picture"):
+        score_folder(tmp_path, shapes.detect)
+    with pytest.raises(InputError, match="pictures of 32 x 32, not 40 x 40"):
+        shapes.detect(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
     (tmp_path / "00001/metadata.jsonl").write_text("{}")
     with pytest.raises(InputError, match="lacks GenEval metadata"):
         score_folder(tmp_path, shapes.detect)
@@ -261,6 +269,13 @@ def test_the_command_on_two_processes_is_that_on_one(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit):
         one("--steps", "5")
     assert "drawn with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"prompt": 3}, {"tag": None}, {"include": []}, {"include": [{"class": "cat", "count": 0}]}, {"exclude": 1},
+                                    {"include": [{"class": "cat", "count": True}]}, {"include": [{"class": "cat", "count": 1, "position": ["above", 0]}]}])
+def test_broken_metadata_is_no_metadata(change):
+    line = geneval_prompts()[0]
+    assert eval_geneval.is_geneval(line) and not eval_geneval.is_geneval(line | change) and not eval_geneval.is_geneval([line])
 
 
 @pytest.mark.parametrize("flags, message", [

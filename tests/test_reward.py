@@ -75,6 +75,27 @@ def test_clip_and_hps_end_to_end(tiny, monkeypatch):
     torch.testing.assert_close(reward.log, {f"clip:tiny/{file}": scale * cosine, f"hpsv2:{file}": cosine}, **CLOSE)
 
 
+def test_half_precision_as_on_a_gpu(tiny, clip, monkeypatch):
+    """On a CPU: models in half but for their scale, pictures in half, scores in float32, near those of float32."""
+    from transformers import CLIPConfig, CLIPModel
+    _, file = tiny
+    monkeypatch.setattr(reward_module, "HPS_ARCHITECTURE", "tiny")
+    images, prompts = torch.randint(0, 256, (3, 3, 40, 28), dtype=torch.uint8), ["a cat", "a dog in the snow", ""]
+    for spec in (f"clip:tiny/{file}", f"hpsv2:{file}"):
+        exact, half = (make_reward(spec) for _ in range(2))
+        model = half.parts[0][2].model.half()
+        model.logit_scale.data = model.logit_scale.data.float()
+        assert 0 < (half(images, prompts) - exact(images, prompts)).abs().max() < 5e-3 * exact(images, prompts).abs().max().clamp(min=1)
+    config, tensors = clip
+    model = CLIPModel(CLIPConfig(**config["transformers"])).eval()
+    model.load_state_dict(load_file(DATA / "clip_tiny/weights_transformers.safetensors"), strict=False)
+    scale = model.logit_scale.data.clone()
+    model.half().logit_scale.data = scale
+    with torch.no_grad():
+        values = pickscore(model, tensors["pixel_values"].half(), tensors["input_ids_zero_padded"])
+    assert values.dtype == torch.float32 and (values - tensors["pickscore_flow"]).abs().max() < 5e-3
+
+
 @pytest.mark.parametrize("k", range(4))
 def test_preprocessing_on_the_device_is_that_of_the_originals(k):
     expected, image = load_file(DATA / "preprocess/expected.safetensors"), picture(DATA / f"preprocess/{k}.png")[None]
@@ -180,6 +201,14 @@ def test_scoring_pictures_that_are_there(server, tmp_path, monkeypatch, capsys):
     main()
     said = capsys.readouterr().out.splitlines()                              # 2.1, 2.2, 4.3, 4.4
     assert said[0] == "4 pictures of 2 prompts" and said[-1].split() == ["sum", "3.2500", "+-", f"{2.2 / 2:.4f}"]
+    for i in (2, 10):                                                           # by number, not by letter
+        folder = tmp_path / "flat"
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (10 * i, 10)).save(folder / f"{i}.png")
+    monkeypatch.setattr("sys.argv", command[:4] + [str(folder)] + command[5:])
+    main()
+    assert [len(body["prompts"]) for body in server.seen[-2:]] == [1, 1] and server.seen[-1]["prompts"] == ["abcd"]
+    monkeypatch.setattr("sys.argv", command)
     (tmp_path / "images/extra.png").write_bytes(b"")
     with pytest.raises(SystemExit):
         main()
@@ -207,7 +236,9 @@ def test_sums_log_each_part():
 
 @pytest.mark.parametrize("spec, message", [("beauty", "'beauty' is not known"), ("geneval:fair", "exact, strict or partial"),
                                            ("", "not known"), ("clip:NoSuchModel/none", "NoSuchModel"),
-                                           ("hpsv2:v3", "v2.0, v2.1 or a file"), ("http:localhost", "wanted http:URL"), ("imagereward:/no/file", "no such file")])
+                                           ("hpsv2:v3", "v2.0, v2.1 or a file"), ("http:localhost", "wanted http:URL"), ("imagereward:/no/file", "no such file"),
+                                           ("clip:ViT-H-14", "wanted MODEL/PRETRAINED"), ("geneval:exact:nan", "finite"), ("hpsv2:2.1", "v2.0, v2.1 or a file"),
+                                           ("http:http://host:x:0.5", "port or the weight")])
 def test_bad_specifications(spec, message):
     with pytest.raises(InputError, match=message):
         make_reward(spec)
