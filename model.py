@@ -38,6 +38,7 @@ except RuntimeError as error:  # a CUDA build of torchvision beside a CPU build 
         _torchvision_ops.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM  # noqa: E402
+from transformers.models.phi.modeling_phi import apply_rotary_pos_emb  # noqa: E402
 
 SPECIALS = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>")
 PHI_1_5 = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
@@ -59,13 +60,14 @@ class TextCache:
     records them, later ones prepend them to the image's, for batch rows that share P prompts."""
 
     def __init__(self):
-        self.layers, self.row, self.graph = [], None, []
+        self.layers, self.row, self.graph, self.image = [], None, [], None
 
     def update(self, key, value, layer, *_, **__):
         if len(self.layers) == layer:
             self.layers.append((key, value))
             return key, value
         text_key, text_value = self.layers[layer]
+        key, value = self.image or (key, value)  # where the block computes some positions only
         return torch.cat([text_key[self.row], key], 2), torch.cat([text_value[self.row], value], 2)
 
     def cut(self):
@@ -156,7 +158,7 @@ class Showo(nn.Module):
         ids, real = ids[:, pads.min():], real[:, pads.min():]                   # columns that are padding in every prompt
         even, cache, i = bool(real.all()), TextCache(), torch.arange(ids.shape[1], device=ids.device)
         attend = (i[:, None] >= i[None]) & real[:, None] | (i[:, None] == i[None])  # (P, text, text); padding sees itself
-        self._blocks(ids, i, None if even else attend[:, None], cache, causal=True)
+        self._blocks(ids, i, None if even else attend[:, None], cache)
         return Prompt(ids, real, row, cache, even, self.prefill(self.encode([""])) if guided else None)
 
     def logits(self, codes, prompt: Prompt, *, guidance: float = 0.0, at=None):
@@ -180,23 +182,39 @@ class Showo(nn.Module):
         text, attend = prompt.ids.shape[1], None
         if not prompt.even:
             attend = F.pad(prompt.real[prompt.row], (0, N + 2), value=True)[:, None, None].expand(-1, -1, N + 2, -1)
-        hidden = self._blocks(ids, torch.arange(text, text + N + 2, device=codes.device), attend, prompt.cache, causal=False)
-        hidden = hidden[:, 1:-1] if at is None else hidden.gather(1, (at + 1)[..., None].expand(-1, -1, hidden.shape[2]))
+        at = torch.arange(N, device=codes.device).expand(B, N) if at is None else at
+        hidden = self._blocks(ids, torch.arange(text, text + N + 2, device=codes.device), attend, prompt.cache, at=at + 1)
         head, columns = self.showo.lm_head, slice(self.code_offset, self.code_offset + self.K)  # 8,192 of 58,498
         with torch.autocast(codes.device.type, enabled=False):
             return F.linear(hidden.float(), head.weight[columns].float(), head.bias[columns].float())
 
-    def _blocks(self, ids, position, attend, cache, causal):
-        """What PhiModel does, but with the mask as it is: none wherever none is needed, so that the fastest kernels apply."""
-        phi = self.showo.model
+    def _blocks(self, ids, position, attend, cache, at=None):
+        """What PhiModel does, but with the mask as it is: none wherever none is needed, so that the fastest kernels apply. The
+        text (at None) is causal; of the image, the last block computes at Long[B, M] alone, which sees the keys of all."""
+        phi, causal = self.showo.model, at is None
         with self.autocast():
             hidden = phi.embed_tokens(ids)
             rotary = phi.rotary_emb(hidden, position[None])
-            for layer in phi.layers:
+            for i, layer in enumerate(phi.layers):
+                if i + 1 == len(phi.layers) and not causal:
+                    cache.image = self._keys(layer, hidden, rotary)
+                    hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2]))
+                    rotary = [x[0][at] for x in rotary]
+                    attend = attend if attend is None else attend[:, :, :1].expand(-1, -1, at.shape[1], -1)
                 block = functools.partial(layer, attention_mask=attend, past_key_values=cache, position_embeddings=rotary, is_causal=causal)
-                again = self.grad_checkpoint and torch.is_grad_enabled() and not causal
+                again = self.grad_checkpoint and torch.is_grad_enabled() and not causal and cache.image is None
                 hidden = checkpoint(block, hidden, use_reentrant=False) if again else block(hidden)
+            cache.image = None
             return phi.final_layernorm(hidden)
+
+    @staticmethod
+    def _keys(layer, hidden, rotary):
+        """Keys and values of every position, as PhiAttention makes them."""
+        part, x = layer.self_attn, layer.input_layernorm(hidden)
+        key, value = (make(x).unflatten(-1, (-1, part.head_dim)).transpose(1, 2) for make in (part.k_proj, part.v_proj))
+        key = part.k_layernorm(key)
+        turned, _ = apply_rotary_pos_emb(key[..., :part.rotary_ndims], key[..., :part.rotary_ndims], *rotary)
+        return torch.cat([turned, key[..., part.rotary_ndims:]], -1), value
 
     def autocast(self):
         """Matrix products in compute_dtype. Around several passes, it casts each weight once for all of them."""

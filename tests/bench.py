@@ -10,7 +10,7 @@ the same for both; before anything is timed, both must give the same log-probabi
 """
 import argparse
 import json
-import resource
+import re
 import statistics
 import struct
 import subprocess
@@ -25,7 +25,7 @@ ROOT, DATA = Path(__file__).parent.parent, Path(__file__).parent / "data"
 sys.path.insert(0, str(ROOT))
 
 from model import SPECIALS, Prompt, Showo  # noqa: E402
-from sample import mask_schedule, rollout, transition_log_prob  # noqa: E402
+from sample import Trajectory, mask_schedule, rollout, transition_log_prob  # noqa: E402
 from train import move_at  # noqa: E402
 
 SIZES = {  # Phi's sizes, then Show-o's; T and G of the run they stand for
@@ -142,15 +142,22 @@ def peak_of(args, who):
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def high_water():
+    """Bytes resident at most so far. Not ru_maxrss, which a process inherits from the one that started it."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
 def memory(args):
     device = torch.device(args.device)
     showo, T, G = build(args.size, device)
     prompt, G = text_of(showo, 1, device), args.group or G
-    traj = our_rollout(showo, prompt, G, 4, device, range(G))
+    left = torch.cat([torch.full((n,), t) for t, n in enumerate((-mask_schedule(showo.N, T).diff(prepend=torch.tensor([showo.N]))).tolist())])
+    traj = Trajectory(torch.randint(showo.K, (G, showo.N)).to(device), torch.stack([left[torch.randperm(showo.N)] for _ in range(G)]).to(device),
+                      torch.full((G, T), 0.01, device=device), None)
     for p in showo.parameters():
         p.grad = torch.zeros_like(p)
-    (plain_step if args.who == "plain" else our_step)(showo, prompt, traj, 2, args.transition)
-    print(torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    (plain_step if args.who == "plain" else our_step)(showo, prompt, traj, T // 2, args.transition)
+    print(torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else high_water() / 1e9)
 
 
 def bench_speed(args):
@@ -213,11 +220,11 @@ def bench_curve(args):
 # --------------------------------------------------------------------------------------------------- load
 
 LOAD = """
-import resource, sys
-sys.path.insert(0, {root!r})
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
+from bench import high_water as peak
 from model import load_showo
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 showo = load_showo({folder!r}, tokenizer={tokenizer!r}, dtype=torch.{dtype})
 for p in showo.parameters():
@@ -234,11 +241,11 @@ os.unlink({folder!r} + "/pytorch_model.safetensors")
 """
 
 DECODE = """
-import resource, sys
-sys.path.insert(0, {root!r})
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
+from bench import high_water as peak
 from model import MAGVITv2
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 magvit = MAGVITv2().requires_grad_(False)
 before = peak()
 magvit.decode(torch.randint(8192, (6, 1024)))
