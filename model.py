@@ -56,11 +56,13 @@ class InputError(ValueError):
 # ------------------------------------------------------------------------------------------------ Show-o
 
 class TextCache:
-    """Keys and values of the text part, (P, heads, text, d) per layer, in the place of transformers' cache: the first pass
-    records them, later ones prepend them to the image's, for batch rows that share P prompts."""
+    """What image passes share. Keys and values of the text part, (P, heads, text, d) per layer, in the place of transformers'
+    cache: the first pass records them, later ones prepend them to the image's, for batch rows that share P prompts. And the
+    rows of embeddings and head that image tokens use, so that a pass has no gradient of the size of the whole vocabulary."""
 
     def __init__(self):
-        self.layers, self.row, self.graph, self.image = [], None, [], None
+        self.layers, self.row, self.image = [], None, None
+        self.embed = self.head = self.bias = None       # Float (K + 3, width): codes, mask, soi, eoi; Float32 (K, width), (K,)
 
     def update(self, key, value, layer, *_, **__):
         if len(self.layers) == layer:
@@ -71,14 +73,16 @@ class TextCache:
         return torch.cat([text_key[self.row], key], 2), torch.cat([text_value[self.row], value], 2)
 
     def cut(self):
-        """Gradients of image passes stop here and add up, until backward() sends their sum through the text at once."""
-        self.graph = [x for pair in self.layers for x in pair]
-        leaves = [x.detach().requires_grad_() for x in self.graph]
-        self.layers = list(zip(leaves[::2], leaves[1::2]))
+        """Gradients of image passes stop here and add up, until backward() sends their sum on at once."""
+        self.graph = [x for pair in self.layers for x in pair] + [self.embed, self.head, self.bias]
+        self.leaves = [x.detach().requires_grad_() for x in self.graph]
+        *layers, self.embed, self.head, self.bias = self.leaves
+        self.layers = list(zip(layers[::2], layers[1::2]))
 
     def backward(self):
         """See cut()."""
-        torch.autograd.backward(self.graph, [x.grad for pair in self.layers for x in pair])
+        reached = [(x, leaf.grad) for x, leaf in zip(self.graph, self.leaves) if leaf.grad is not None]
+        torch.autograd.backward(*zip(*reached))
 
 
 @dataclass
@@ -149,7 +153,8 @@ class Showo(nn.Module):
         return Prompt(ids, ids != self.pad, torch.arange(len(ids), device=self.device))
 
     def prefill(self, prompt: Prompt, guided=False) -> Prompt:
-        """The text part, which is causal and never sees the image: its keys and values, once per prompt, for many logits().
+        """The text part, which is causal and never sees the image: its keys and values, once per prompt, for many logits()
+        while the weights stay as they are.
 
         Prompts that no row uses are left out; guided: the empty prompt too."""
         used, row = prompt.row.unique(return_inverse=True)
@@ -158,7 +163,10 @@ class Showo(nn.Module):
         ids, real = ids[:, pads.min():], real[:, pads.min():]                   # columns that are padding in every prompt
         even, cache, i = bool(real.all()), TextCache(), torch.arange(ids.shape[1], device=ids.device)
         attend = (i[:, None] >= i[None]) & real[:, None] | (i[:, None] == i[None])  # (P, text, text); padding sees itself
-        self._blocks(ids, i, None if even else attend[:, None], cache)
+        embed, head, codes = self.showo.model.embed_tokens.weight, self.showo.lm_head, slice(self.code_offset, self.code_offset + self.K)
+        self._blocks(F.embedding(ids, embed), i, None if even else attend[:, None], cache)
+        cache.embed = torch.cat([embed[self.code_offset:], embed[[self.soi, self.eoi]]])
+        cache.head, cache.bias = head.weight[codes].float(), head.bias[codes].float()               # 8,192 of 58,498
         return Prompt(ids, real, row, cache, even, self.prefill(self.encode([""])) if guided else None)
 
     def logits(self, codes, prompt: Prompt, *, guidance: float = 0.0, at=None):
@@ -177,23 +185,21 @@ class Showo(nn.Module):
             uncond = self.logits(codes, prompt.empty[torch.zeros_like(codes[:, 0])], at=at)
             return (1 + guidance) * cond - guidance * uncond
         prompt.cache.row = prompt.row
-        ids = F.pad(codes + self.code_offset, (1, 1), value=self.soi)                                   # (B, N + 2)
-        ids[:, -1] = self.eoi
+        ids = F.pad(F.pad(codes, (1, 0), value=self.K + 1), (0, 1), value=self.K + 2)                   # (B, N + 2) soi codes eoi
         text, attend = prompt.ids.shape[1], None
         if not prompt.even:
             attend = F.pad(prompt.real[prompt.row], (0, N + 2), value=True)[:, None, None].expand(-1, -1, N + 2, -1)
         at = torch.arange(N, device=codes.device).expand(B, N) if at is None else at
-        hidden = self._blocks(ids, torch.arange(text, text + N + 2, device=codes.device), attend, prompt.cache, at=at + 1)
-        head, columns = self.showo.lm_head, slice(self.code_offset, self.code_offset + self.K)  # 8,192 of 58,498
+        hidden = self._blocks(F.embedding(ids, prompt.cache.embed), torch.arange(text, text + N + 2, device=codes.device), attend,
+                              prompt.cache, at=at + 1)
         with torch.autocast(codes.device.type, enabled=False):
-            return F.linear(hidden.float(), head.weight[columns].float(), head.bias[columns].float())
+            return F.linear(hidden.float(), prompt.cache.head, prompt.cache.bias)
 
-    def _blocks(self, ids, position, attend, cache, at=None):
+    def _blocks(self, hidden, position, attend, cache, at=None):
         """What PhiModel does, but with the mask as it is: none wherever none is needed, so that the fastest kernels apply. The
         text (at None) is causal; of the image, the last block computes at Long[B, M] alone, which sees the keys of all."""
         phi, causal = self.showo.model, at is None
         with self.autocast():
-            hidden = phi.embed_tokens(ids)
             rotary = phi.rotary_emb(hidden, position[None])
             for i, layer in enumerate(phi.layers):
                 if i + 1 == len(phi.layers) and not causal:

@@ -92,6 +92,17 @@ def _uniform(shape, generators, device):
     return torch.cat([torch.rand(shape[0] // len(generators), *shape[1:], generator=g, dtype=torch.float64, device=device) for g in generators])
 
 
+def _categorical(probs, u):
+    """The code at which the cumulated probabilities pass u Float64[B, M, 1] -> Long[B, M]; blocks first, then inside the one."""
+    blocks = probs.unflatten(-1, (-1, math.gcd(probs.shape[-1], 64)))                           # (B, M, blocks, in a block)
+    below = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    block = torch.searchsorted(below, u * below[..., -1:], right=True).clamp(max=blocks.shape[2] - 1)
+    inside = blocks.gather(2, block[..., None].expand(-1, -1, -1, blocks.shape[3]))[:, :, 0].cumsum(-1, dtype=torch.float64)
+    rest = u * below[..., -1:] - below.gather(2, block) + blocks.sum(-1).gather(2, block)       # what u leaves for the block
+    place = torch.searchsorted(inside, rest.clamp(min=0).minimum(inside[..., -1:] * (1 - 1e-12)), right=True)
+    return (block * blocks.shape[3] + place)[..., 0]
+
+
 @torch.no_grad()
 def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine", annealing="compound", keep_sampled=False, masked_only=False):
     """Sample B token sequences from all masked in T iterations -> Trajectory.
@@ -114,8 +125,7 @@ def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine"
         at = (order < T).long().argsort(dim=1, stable=True)[:, :M]                                  # (B, M)
         logits = policy(codes, at) if masked_only else policy(codes).gather(1, at[..., None].expand(-1, -1, K))
         probs = torch.softmax(logits.float(), -1)                                               # (B, M, K)
-        below = probs.cumsum(-1, dtype=torch.float64)
-        drawn = torch.searchsorted(below, _uniform((B, M, 1), generators, device) * below[..., -1:], right=True)[..., 0].clamp(max=K - 1)
+        drawn = _categorical(probs, _uniform((B, M, 1), generators, device))
         conf = _at(probs, drawn)                                                                # cs_t
         gumbel = -(-_uniform((B, M), generators, device).log()).log()
         new = choose_and_move(conf.clamp(min=1e-20).log(), torch.ones_like(conf, dtype=torch.bool), stay[t], temps[t], gumbel)  # Eq. 5
@@ -226,7 +236,10 @@ def drawer(args, say=True):
 
 def half_or_float(name, device):
     """--dtype -> torch.bfloat16 or torch.float32; auto: bf16 on a GPU."""
-    return torch.bfloat16 if name == "bf16" or (name == "auto" and torch.device(device).type == "cuda") else torch.float32
+    half = name == "bf16" or (name == "auto" and torch.device(device).type == "cuda")
+    if half and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # the head's products, of what is bf16 already, in tensor cores
+    return torch.bfloat16 if half else torch.float32
 
 
 def peak_gib(device) -> float:

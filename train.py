@@ -219,7 +219,7 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
     used = torch.arange(len(adv), device=device) if reference else adv.nonzero()[:, 0]          # the rest has no gradient
     B = all_sum(torch.tensor(float(len(adv)), device=device)).item()                            # pictures of all processes
     logp_old = torch.zeros(args.unmask_steps, len(adv), device=device)
-    place = batch.traj.order.argsort(dim=1, stable=True)                                            # positions, the first unmasked first
+    place = batch.traj.order.argsort(dim=1, stable=True)                                        # positions, the first unmasked first
     ends = [showo.N - n for n in mask_schedule(showo.N, args.unmask_steps).tolist()]            # how many are unmasked after t
     stats, n_skipped = [], 0
     for epoch in range(args.inner_epochs):
@@ -227,9 +227,12 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
             with showo.autocast():
                 prompt = showo.prefill(batch.prompt[rows])                                      # the text once for all iterations
                 prompt.cache.cut()
+                if reference:
+                    with torch.no_grad():
+                        prompt_ref = reference.prefill(batch.prompt[rows])
                 for t in iterations:
-                    first, new = (ends[t - 1] if t else 0), slice(0, ends[t] - (ends[t - 1] if t else 0))
-                    at = place[rows, first:ends[t] if args.transition == "p2" else None]        # only these enter the loss
+                    first, last = ends[t - 1] if t else 0, ends[t]
+                    at = place[rows, first:last if args.transition == "p2" else None]           # only these enter the loss
                     move = move_at(batch.traj, rows, at, t, args.transition)
                     state = batch.traj.state(t, showo.K)[rows]                                  # Y_t
                     logits = showo.logits(state, prompt, at=at)                                 # (b, M, K)
@@ -241,11 +244,11 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                     kl = torch.zeros((), device=device)
                     if reference:
                         with torch.no_grad():
-                            logp_ref = transition_log_prob(reference.logits(state, batch.prompt[rows], at=at), **move)
+                            logp_ref = transition_log_prob(reference.logits(state, prompt_ref, at=at), **move)
                         kl = kl_k3(logp, logp_ref)
                         loss = loss + share * args.kl_beta * kl
                     loss.backward()
-                    stats.append(move_stats(logp, logp_old[t, rows], logits[:, new], kl, args))
+                    stats.append(move_stats(logp, logp_old[t, rows], logits[:, :last - first], kl, args))
                 prompt.cache.backward()
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -379,7 +382,8 @@ def main():
         reference = load_showo(args.model, tokenizer=args.tokenizer, device=device, revision=args.revision,
                                dtype=showo.compute_dtype or torch.float32).requires_grad_(False)
     params = list(showo.parameters())
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                                  fused=device.type == "cuda")
     sample_filter = SampleFilter(args.filter_percentile, args.filter_warmup) if args.filter_low else None
     if resumed:
         optimizer.load_state_dict(resumed.pop("optimizer"))

@@ -1,6 +1,7 @@
 """Speed and memory, measured side by side in one run; JSON under results/ with --json.
 
-    python tests/bench.py speed --size small        # ours against plain: rollout and update, interleaved; peak memory
+    python tests/bench.py --size small              # ours against plain: rollout and update, interleaved; peak memory
+    python tests/bench.py ladder --size small       # one pass of the network, an idea more at every rung
     python tests/bench.py curve --size small        # seconds of a rollout and an update over G, T and prompts
     python tests/bench.py load      # memory: loading a synthetic full-size Show-o (5.8 GB, a sparse file), decoding 6 x 512 x 512
 
@@ -25,7 +26,7 @@ ROOT, DATA = Path(__file__).parent.parent, Path(__file__).parent / "data"
 sys.path.insert(0, str(ROOT))
 
 from model import SPECIALS, Prompt, Showo  # noqa: E402
-from sample import Trajectory, mask_schedule, rollout, transition_log_prob  # noqa: E402
+from sample import Trajectory, choose_and_move, mask_schedule, rollout, temperatures, transition_log_prob  # noqa: E402
 from train import move_at  # noqa: E402
 
 SIZES = {  # Phi's sizes, then Show-o's; T and G of the run they stand for
@@ -76,8 +77,19 @@ def our_rollout(showo, prompt, B, T, device, seeds):
 
 
 def plain_rollout(showo, prompt, T, device, seed):
+    """Show-o's loop for one image: probabilities of all positions, multinomial, all logits kept -> the final codes."""
+    N, K, generator, kept = showo.N, showo.K, torch.Generator(device).manual_seed(seed), []
+    codes, stay, temps = torch.full((1, N), K, device=device), mask_schedule(N, T).tolist(), temperatures(T)
     with torch.no_grad():
-        return rollout(lambda codes: plain_logits(showo, codes, prompt)[1], 1, showo.N, showo.K, T, generator=torch.Generator(device).manual_seed(seed))
+        for t in range(T):
+            kept.append(plain_logits(showo, codes, prompt)[1])
+            probs, masked = kept[-1].softmax(-1), codes == K
+            drawn = torch.where(masked, torch.multinomial(probs.view(N, K), 1, generator=generator).view(1, N), codes)
+            conf = probs.gather(-1, drawn.clamp(max=K - 1)[..., None])[..., 0]
+            gumbel = -torch.rand(1, N, generator=generator, device=device).clamp(1e-20).log().neg().log()
+            new = choose_and_move(conf.clamp(min=1e-20).log(), masked, stay[t], temps[t], gumbel)
+            codes = torch.where(new, drawn, codes)
+    return codes
 
 
 def our_step(showo, prompt, traj, t, kind, steps=1):
@@ -151,9 +163,7 @@ def memory(args):
     device = torch.device(args.device)
     showo, T, G = build(args.size, device)
     prompt, G = text_of(showo, 1, device), args.group or G
-    left = torch.cat([torch.full((n,), t) for t, n in enumerate((-mask_schedule(showo.N, T).diff(prepend=torch.tensor([showo.N]))).tolist())])
-    traj = Trajectory(torch.randint(showo.K, (G, showo.N)).to(device), torch.stack([left[torch.randperm(showo.N)] for _ in range(G)]).to(device),
-                      torch.full((G, T), 0.01, device=device), None)
+    traj = random_trajectory(showo, G, T, device)
     for p in showo.parameters():
         p.grad = torch.zeros_like(p)
     (plain_step if args.who == "plain" else our_step)(showo, prompt, traj, T // 2, args.transition)
@@ -167,7 +177,8 @@ def bench_speed(args):
     T, G, kind, mid = args.unmask_steps or T, args.group or G, args.transition, (args.unmask_steps or T) // 2
     prompt = text_of(showo, 1, device)
     traj = our_rollout(showo, prompt, G, T, device, range(G))
-    alone = plain_rollout(showo, prompt, T, device, 0)
+    with torch.no_grad():  # the same noise: plain's logits under our sampler
+        alone = rollout(lambda codes: plain_logits(showo, codes, prompt)[1], 1, showo.N, showo.K, T, generator=torch.Generator(device).manual_seed(0))
     ours, plain = (step(showo, prompt, traj, mid, kind) for step in (our_step, plain_step))
     off = ((ours - plain).abs() / plain.abs()).max().item()
     assert off < (2e-2 if showo.compute_dtype else 1e-4), f"log-probabilities differ by {off}"
@@ -198,6 +209,54 @@ def bench_speed(args):
     out["update_memory_ratio"] = out["update_peak_gb"]["ours"] / out["update_peak_gb"]["plain"]
     print(json.dumps({k: v for k, v in out.items() if k != "all_seconds"}, indent=2))
     return out
+
+
+def bench_ladder(args):
+    """Milliseconds of one pass for a group in the middle of a rollout, forward, and forward and backward for p2: medians."""
+    device = torch.device(args.device)
+    showo, T, G = build(args.size, device)
+    prompt, mid, T = text_of(showo, 1, device), T // 2, T
+    traj = random_trajectory(showo, G, T, device)
+    codes, ready = traj.state(mid, showo.K), showo.prefill(prompt.repeat(G))
+    place, stay = traj.order.argsort(dim=1, stable=True), [showo.N] + mask_schedule(showo.N, T).tolist()
+    at = {"all": None, "masked": place[:, showo.N - stay[mid]:], "new": place[:, showo.N - stay[mid]:showo.N - stay[mid + 1]]}
+
+    def image_columns():
+        """plain's body, then the image columns of the head alone."""
+        model, showo.showo.lm_head.forward = showo.showo, lambda x: torch.nn.functional.linear(x[:, -showo.N - 1:-1], *columns)
+        out = plain_logits(showo, codes, prompt.repeat(G))[0]
+        del model.lm_head.forward
+        return out
+
+    head, part = showo.showo.lm_head, slice(showo.code_offset, showo.code_offset + showo.K)
+    columns = head.weight[part].detach(), head.bias[part].detach()
+    forward = {"plain: an image at a time": lambda: [plain_logits(showo, codes[i:i + 1], prompt)[1] for i in range(G)],
+               "a group in one batch": lambda: plain_logits(showo, codes, prompt.repeat(G))[1], "only the image columns of the head": image_columns,
+               "the text once": lambda: showo.logits(codes, ready),
+               "head and last block at masked positions only": lambda: showo.logits(codes, ready, at=at["masked"])}
+    backward = {"plain, a group in one batch": lambda: plain_step(showo, prompt, traj, mid, "p2"),
+                "the text once, image columns only": lambda: showo.logits(codes, ready, at=None).log_softmax(-1)[..., 0].mean().backward(retain_graph=False),
+                "head and last block at new positions only": lambda: showo.logits(codes, ready, at=at["new"]).log_softmax(-1)[..., 0].mean().backward()}
+    with torch.no_grad():
+        ready.cache.layers = [(k.detach(), v.detach()) for k, v in ready.cache.layers]
+    out = {"size": args.size, "device": args.device, "threads": torch.get_num_threads(), "masked": stay[mid], "new": stay[mid] - stay[mid + 1]}
+    for name, runs, grad in (("forward_ms", forward, False), ("forward_and_backward_ms", backward, True)):
+        took = {rung: [] for rung in runs}
+        with torch.set_grad_enabled(grad):
+            for _ in range(args.repeat):
+                for rung, run in runs.items():
+                    took[rung].append(1000 * timed(run, device))
+        out[name] = {rung: statistics.median(values) for rung, values in took.items()}
+    print(json.dumps(out, indent=2))
+    return out
+
+
+def random_trajectory(showo, G, T, device):
+    """Of the right shape and schedule, without a rollout."""
+    moved = -mask_schedule(showo.N, T).diff(prepend=torch.tensor([showo.N]))
+    order = torch.arange(T).repeat_interleave(moved)
+    return Trajectory(torch.randint(showo.K, (G, showo.N)).to(device), torch.stack([order[torch.randperm(showo.N)] for _ in range(G)]).to(device),
+                      torch.full((G, T), 0.01, device=device), None)
 
 
 def bench_curve(args):
@@ -296,7 +355,7 @@ def bench_load():
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["speed", "curve", "load", "memory"])
+    p.add_argument("what", nargs="?", default="speed", choices=["speed", "ladder", "curve", "load", "memory"])
     p.add_argument("--size", choices=list(SIZES), default="small")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--group", type=int, help="G (default: that of the size)")
@@ -307,7 +366,7 @@ def main():
     p.add_argument("--who", choices=["plain", "ours"], help="of memory")
     p.add_argument("--json", type=Path, help="also write the numbers there")
     args = p.parse_args()
-    numbers = {"speed": lambda: bench_speed(args), "curve": lambda: bench_curve(args), "load": bench_load, "memory": lambda: memory(args)}[args.what]()
+    numbers = {"speed": lambda: bench_speed(args), "ladder": lambda: bench_ladder(args), "curve": lambda: bench_curve(args), "load": bench_load, "memory": lambda: memory(args)}[args.what]()
     if args.json:
         args.json.write_text(json.dumps(numbers, indent=2) + "\n")
 

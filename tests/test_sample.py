@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from model import InputError
-from sample import choose_and_move, generate, grid, main, mask_schedule, read_prompts, rollout, temperatures, transition_log_prob
+from sample import _categorical, choose_and_move, generate, grid, main, mask_schedule, read_prompts, rollout, temperatures, transition_log_prob
 
 
 def test_schedule_and_temperature_are_the_official_ones():
@@ -199,6 +199,19 @@ def test_infinite_noise_cannot_mask_what_is_unmasked():
 def test_misuse_is_said(call):
     with pytest.raises(ValueError, match="rollout|transition_log_prob|temperatures"):
         call()
+
+
+@pytest.mark.parametrize("K", [1, 7, 64, 256, 8192])
+def test_codes_are_drawn_where_the_cumulated_probabilities_pass_u(K):
+    g = torch.Generator().manual_seed(0)
+    probs = (6 * torch.randn(20, 50, K, generator=g)).softmax(-1)
+    probs[:, :, K // 2] = 0 if K > 1 else 1
+    u = torch.rand(20, 50, 1, dtype=torch.float64, generator=g)
+    u[0], u[1] = 0.0, 1 - 2 ** -53
+    drawn, below = _categorical(probs, u), probs.double().cumsum(-1)
+    low, high = (torch.cat([torch.zeros_like(below[..., :1]), below], -1).gather(-1, (drawn + side)[..., None]) for side in (0, 1))
+    assert (low - 1e-6 <= u * below[..., -1:]).all() and (u * below[..., -1:] <= high + 1e-6).all()
+    assert (probs.gather(-1, drawn[..., None]) > 0).all() and (K == 1 or len(drawn.unique()) > K ** 0.5 / 2)
 
 
 def plain_sampler(showo, text, B, T, generator):

@@ -122,6 +122,25 @@ def test_update_is_the_gradient_of_equation_10(base, transition):
     assert (taken[0] - wanted).norm() < 1e-5 * wanted.norm() and wanted.norm() > 0
 
 
+@pytest.mark.parametrize("how", ["grad_checkpoint", "bf16"])
+def test_cheaper_updates_have_the_same_gradient(base, how):
+    args = type("Args", (), dict(train.PRESETS["shapes"], group_size=4, unmask_steps=4, transition="p2", inner_epochs=1, loss_steps=None,
+                                 loss_steps_from="first", micro_batch=5, clip_low=0.9, clip_high=1.2, max_grad_norm=0, kl_beta=0.1, seed=0))
+    taken, layers = [], []
+    for cheap in (False, True):
+        showo, reference = load_showo("shapes"), load_showo("shapes").requires_grad_(False)
+        batch = batch_of_rollouts(showo, args)
+        showo.grad_checkpoint, showo.compute_dtype = cheap and how == "grad_checkpoint", torch.bfloat16 if cheap and how == "bf16" else None
+        counted = showo.showo.model.layers[0].mlp.fc1.register_forward_hook(lambda *_: layers.append(cheap))  # noqa: B023
+        optimizer = torch.optim.SGD(showo.parameters(), lr=0.0)
+        optimizer.step = lambda: taken.append(torch.cat([p.grad.flatten() for p in showo.parameters()]))  # noqa: B023
+        train.update(0, batch, args, showo, reference, optimizer)
+        counted.remove()
+    exact, cheaper = taken
+    assert (cheaper - exact).norm() < (1e-5 if how == "grad_checkpoint" else 5e-2) * exact.norm() and exact.norm() > 0
+    assert how == "bf16" or layers.count(True) > 1.5 * layers.count(False)          # layers did run again
+
+
 def test_only_groups_under_the_bar_are_sampled_again(monkeypatch, base):
     args = type("Args", (), dict(train.PRESETS["shapes"], group_size=4, unmask_steps=4, transition="p2", max_resample=2, temperature=1.0, seed=0))
     lines = train.shapes.prompts("train", 4)
