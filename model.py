@@ -75,13 +75,13 @@ class TextCache:
     def cut(self):
         """Gradients of image passes stop here and add up, until backward() sends their sum on at once."""
         self.graph = [x for pair in self.layers for x in pair] + [self.embed, self.head, self.bias]
-        self.leaves = [x.detach().requires_grad_() for x in self.graph]
+        self.leaves = [x.detach().float().requires_grad_() for x in self.graph]  # float: many gradients add up
         *layers, self.embed, self.head, self.bias = self.leaves
         self.layers = list(zip(layers[::2], layers[1::2]))
 
     def backward(self):
         """See cut()."""
-        reached = [(x, leaf.grad) for x, leaf in zip(self.graph, self.leaves) if leaf.grad is not None]
+        reached = [(x, leaf.grad.to(x.dtype)) for x, leaf in zip(self.graph, self.leaves) if leaf.grad is not None]
         torch.autograd.backward(*zip(*reached))
 
 

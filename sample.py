@@ -150,11 +150,12 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
         raise ValueError(f"transition_log_prob: kind {kind!r} must be p1, p2 or ar, and ar needs sampled")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                            # (B, N, K)
     norm = logits.logsumexp(-1)  # and not log_softmax: no second (B, N, K) is kept for the backward pass
-    t = torch.as_tensor(t, device=codes.device).reshape(-1, 1)                                      # (1 or B, 1)
-    new, remasked = order == t, order > t
     rows = torch.arange(len(codes), device=codes.device)
+    pick = (lambda x: x[:, t]) if isinstance(t, int) else (lambda x: x[rows, t])                    # (B, T) -> (B,)
+    now = t if isinstance(t, int) else t[:, None]
+    new, remasked = order == now, order > now
     if kind == "ar":
-        tokens = sampled[t[:, 0], rows] if sampled.dim() == 3 else sampled
+        tokens = pick(sampled.transpose(0, 1)) if sampled.dim() == 3 else sampled
         return ((_at(logits, tokens) - norm) * (new | remasked)).sum(1)                             # Eq. 13
     conf = _at(logits, codes.clamp(max=logits.shape[-1] - 1)) - norm
     log_p2 = torch.where(new, conf, 0).sum(1)                                                       # Eq. 15
@@ -163,7 +164,7 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
     if threshold is None:
         threshold = conf.detach().exp().masked_fill(~new, math.inf).amin(1)
     elif threshold.dim() == 2:
-        threshold = threshold[rows, t[:, 0].expand(len(rows))]
+        threshold = pick(threshold)
     mass = checkpoint(_tail, logits, norm, threshold, use_reentrant=False)                          # (B, N)
     counts = remasked & (mass > torch.finfo(mass.dtype).tiny)  # of a smaller one the gradient would overflow
     return log_p2 + torch.where(counts, mass, 1).log().sum(1)                                       # Eq. 14
@@ -238,7 +239,7 @@ def half_or_float(name, device):
     """--dtype -> torch.bfloat16 or torch.float32; auto: bf16 on a GPU."""
     half = name == "bf16" or (name == "auto" and torch.device(device).type == "cuda")
     if half and torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # the head's products, of what is bf16 already, in tensor cores
+        torch.set_float32_matmul_precision("high")  # the head's products in tensor cores, 10 bits of mantissa
     return torch.bfloat16 if half else torch.float32
 
 

@@ -11,7 +11,7 @@ Departures from the paper:
 - Eq. 10's mean runs over all groups of all processes; a group still under the filter's bar after --max-resample is used;
 - prompts: LAION captions cannot be shipped, prompts/train.txt holds captions of our own making.
 Randomness is a function of (seed, step, prompt slot), so a run is the same when resumed, and on another number of processes
-that together take as many prompts a step (bit for bit on a CPU; GPU kernels may differ in the last digits).
+that together take as many prompts a step (but for the last digits, where other prompts share a batch).
 """
 import argparse
 import contextlib
@@ -232,7 +232,7 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                         prompt_ref = reference.prefill(batch.prompt[rows])
                 for t in iterations:
                     first, last = ends[t - 1] if t else 0, ends[t]
-                    at = place[rows, first:last if args.transition == "p2" else None]           # only these enter the loss
+                    at = place[rows, first:max(last, first + 1) if args.transition == "p2" else None]  # only these enter the loss
                     move = move_at(batch.traj, rows, at, t, args.transition)
                     state = batch.traj.state(t, showo.K)[rows]                                  # Y_t
                     logits = showo.logits(state, prompt, at=at)                                 # (b, M, K)
@@ -247,9 +247,11 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                             logp_ref = transition_log_prob(reference.logits(state, prompt_ref, at=at), **move)
                         kl = kl_k3(logp, logp_ref)
                         loss = loss + share * args.kl_beta * kl
-                    loss.backward()
+                    with torch.autocast(device.type, enabled=False):  # backward in the precision of each forward op
+                        loss.backward()
                     stats.append(move_stats(logp, logp_old[t, rows], logits[:, :last - first], kl, args))
-                prompt.cache.backward()
+                with torch.autocast(device.type, enabled=False):
+                    prompt.cache.backward()
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             all_sum(p.grad)
@@ -379,8 +381,8 @@ def main():
     showo.grad_checkpoint = args.grad_checkpoint
     reference = None
     if not args.no_kl and args.kl_beta:
-        reference = load_showo(args.model, tokenizer=args.tokenizer, device=device, revision=args.revision,
-                               dtype=showo.compute_dtype or torch.float32).requires_grad_(False)
+        reference = load_showo(args.model, tokenizer=args.tokenizer, device=device, revision=args.revision).requires_grad_(False)
+        reference.compute_dtype = showo.compute_dtype
     params = list(showo.parameters())
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")

@@ -66,7 +66,7 @@ def plain_logits(showo, codes, prompt):
     mask = torch.where(sees & (ids != showo.pad)[:, None] | (i[:, None] == i), 0.0, -1e9)[:, None]
     with showo.autocast():
         logits = showo.showo(input_ids=ids, attention_mask=mask, position_ids=i[None], use_cache=False).logits
-    return logits, logits.float()[:, -N - 1:-1, showo.code_offset:-1]
+    return logits, logits[:, -N - 1:-1, showo.code_offset:-1].float()
 
 
 def our_rollout(showo, prompt, B, T, device, seeds):
@@ -82,7 +82,7 @@ def plain_rollout(showo, prompt, T, device, seed):
     codes, stay, temps = torch.full((1, N), K, device=device), mask_schedule(N, T).tolist(), temperatures(T)
     with torch.no_grad():
         for t in range(T):
-            kept.append(plain_logits(showo, codes, prompt)[1])
+            kept.append(plain_logits(showo, codes, prompt)[1].clone())
             probs, masked = kept[-1].softmax(-1), codes == K
             drawn = torch.where(masked, torch.multinomial(probs.view(N, K), 1, generator=generator).view(1, N), codes)
             conf = probs.gather(-1, drawn.clamp(max=K - 1)[..., None])[..., 0]
@@ -122,11 +122,12 @@ def plain_step(showo, prompt, traj, t, kind, steps=1):
     return out[0].detach()
 
 
-def flops(showo, tokens, context, heads):
-    """Of one forward pass: tokens through the blocks, each seeing context others, and heads positions through the head."""
-    inner = sum(p.numel() for layer in showo.showo.model.layers for p in layer.parameters())
-    width = showo.phi_config.hidden_size
-    return 2 * inner * tokens + 4 * width * showo.phi_config.num_hidden_layers * tokens * context + 2 * width * showo.K * heads
+def flops(showo, tokens, context, wanted):
+    """Of one forward pass of ours: tokens, each seeing context others, through the blocks, but only the wanted ones through the
+    last one (whose keys and values are of all) and the head."""
+    width, layers = showo.phi_config.hidden_size, showo.phi_config.num_hidden_layers
+    block = 2 * sum(p.numel() for p in showo.showo.model.layers[0].parameters()) + 4 * width * context      # per token
+    return (layers - 1) * block * tokens + 4 * width ** 2 * tokens + (block + 2 * width * showo.K) * wanted
 
 
 def matmul_rate(device, seconds=1.0):
@@ -151,6 +152,7 @@ def peak_of(args, who):
     """GB at the peak of an update in a process of its own, weights and gradients included."""
     command = [sys.executable, __file__, "memory", "--who", who, "--size", args.size, "--device", args.device, "--transition", args.transition]
     command += ["--group", str(args.group)] if args.group else []
+    command += ["--unmask-steps", str(args.unmask_steps)] if args.unmask_steps else []
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -162,7 +164,7 @@ def high_water():
 def memory(args):
     device = torch.device(args.device)
     showo, T, G = build(args.size, device)
-    prompt, G = text_of(showo, 1, device), args.group or G
+    prompt, G, T = text_of(showo, 1, device), args.group or G, args.unmask_steps or T
     traj = random_trajectory(showo, G, T, device)
     for p in showo.parameters():
         p.grad = torch.zeros_like(p)
@@ -193,9 +195,10 @@ def bench_speed(args):
     s = {name: statistics.median(values) for name, values in seconds.items()}
     s["rollout_ours"], s["update_ours"] = s["rollout_ours"] / G, s["update_ours"] / args.steps
     masked = sum([showo.N] + mask_schedule(showo.N, T).tolist()[:-1])
-    new = (traj.order == mid).sum().item() / G
+    steps = range(mid, mid + args.steps)
+    new = sum(((traj.order == t) if kind == "p2" else (traj.order >= t)).sum().item() for t in steps) / G / args.steps
     needed = {"rollout": flops(showo, (showo.N + 2) * T, showo.N + 22, masked),
-              "update": 3 * G * flops(showo, showo.N + 2, showo.N + 22, new if kind == "p2" else (traj.order >= mid).sum().item() / G)}
+              "update": 3 * G * flops(showo, showo.N + 2, showo.N + 22, new)}
     rate = max(rates)
     out = {"size": args.size, "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
            "torch": torch.__version__, "T": T, "G": G, "transition": kind, "repeat": args.repeat, "log_prob_relative_difference": off,
@@ -237,8 +240,7 @@ def bench_ladder(args):
     backward = {"plain, a group in one batch": lambda: plain_step(showo, prompt, traj, mid, "p2"),
                 "the text once, image columns only": lambda: showo.logits(codes, ready, at=None).log_softmax(-1)[..., 0].mean().backward(retain_graph=False),
                 "head and last block at new positions only": lambda: showo.logits(codes, ready, at=at["new"]).log_softmax(-1)[..., 0].mean().backward()}
-    with torch.no_grad():
-        ready.cache.layers = [(k.detach(), v.detach()) for k, v in ready.cache.layers]
+    ready.cache.cut()
     out = {"size": args.size, "device": args.device, "threads": torch.get_num_threads(), "masked": stay[mid], "new": stay[mid] - stay[mid + 1]}
     for name, runs, grad in (("forward_ms", forward, False), ("forward_and_backward_ms", backward, True)):
         took = {rung: [] for rung in runs}

@@ -67,6 +67,7 @@ def test_resume_is_exact_and_repeats_nothing(monkeypatch, tmp_path):
     (["--transition", "p1"], lambda r: r["ratio_mean"] == 1 and r["grad_norm"] > 0),
     (["--transition", "ar"], lambda r: r["ratio_mean"] == 1 and r["grad_norm"] > 0),
     (["--loss-steps", 2, "--loss-steps-from", "random"], lambda r: r["grad_norm"] > 0),
+    (["--unmask-steps", 20], lambda r: r["ratio_mean"] == 1 and r["grad_norm"] > 0),       # more iterations than tokens
     (["--dtype", "bf16"], lambda r: r["ratio_mean"] == 1 and r["grad_norm"] > 0)])
 def test_variants_run(monkeypatch, tmp_path, flags, check):
     call(monkeypatch, "--out", tmp_path / "run", "--prompts-per-step", 8, *flags)
