@@ -70,7 +70,7 @@ class TextCache:
             return key, value
         text_key, text_value = self.layers[layer]
         key, value = self.image or (key, value)  # where the block computes some positions only
-        return torch.cat([text_key[self.row], key], 2), torch.cat([text_value[self.row], value], 2)
+        return tuple(torch.cat([text.index_select(0, self.row), image], 2) for text, image in ((text_key, key), (text_value, value)))
 
     def cut(self):
         """Gradients of image passes stop here and add up, until backward() sends their sum on at once."""

@@ -177,7 +177,7 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> B
                 for some in (chosen[k:k + per] for k in range(0, len(chosen), per)):
                     at_rows = torch.tensor([i * G + g for i in some for g in range(G)], device=device)
                     prompt = showo.prefill(batch.prompt[at_rows])
-                    traj = rollout(lambda codes, at: showo.logits(codes, prompt, at=at), len(at_rows), showo.N, showo.K, args.unmask_steps,
+                    traj = rollout(policy_of(showo, prompt, G), len(at_rows), showo.N, showo.K, args.unmask_steps,
                                    generator=[generator(device, args.seed, step, first + i, attempt) for i in some],
                                    temperature=args.temperature, keep_sampled=args.transition == "ar", masked_only=True)
                     for name in ("codes", "order", "threshold"):
@@ -200,6 +200,21 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> B
         pending = rejected[first:first + P]
         batch.resampled += int(pending.sum())
     return batch
+
+
+def policy_of(showo, prompt, G):
+    """The policy of a rollout of groups of G; its first state, all masked, is the same for a whole group."""
+    def policy(codes, at):
+        if at.shape[1] == showo.N:
+            return showo.logits(codes[::G], prompt[slice(None, None, G)], at=at[::G]).repeat_interleave(G, 0)
+        return showo.logits(codes, prompt, at=at)
+    return policy
+
+
+def first_rows(row):
+    """row Long[b] -> the first index at which each value stands, and for every row the place of its value among them."""
+    values, of = row.unique(return_inverse=True)
+    return torch.full_like(values, len(row)).scatter_reduce(0, of, torch.arange(len(row), device=row.device), "amin"), of
 
 
 def loss_iterations(step, args):
@@ -235,7 +250,11 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                     at = place[rows, first:max(last, first + 1) if args.transition == "p2" else None]  # only these enter the loss
                     move = move_at(batch.traj, rows, at, t, args.transition)
                     state = batch.traj.state(t, showo.K)[rows]                                  # Y_t
-                    logits = showo.logits(state, prompt, at=at)                                 # (b, M, K)
+                    if t == 0:                                                                  # a group starts from one state
+                        one, of = first_rows(prompt.row)
+                        logits = showo.logits(state[one], prompt[one])[of[:, None], at]         # (b, M, K)
+                    else:
+                        logits = showo.logits(state, prompt, at=at)                             # (b, M, K)
                     logp = transition_log_prob(logits, **move)                                  # (b,)
                     if epoch == 0:
                         logp_old[t, rows] = logp.detach()                                       # on policy: the ratio is 1

@@ -100,7 +100,8 @@ def our_step(showo, prompt, traj, t, kind, steps=1):
         ready, out = showo.prefill(prompt.repeat(len(rows))), []
         ready.cache.cut()
         for s in range(t, t + steps):
-            at = place[:, ends[s - 1] if s else 0:ends[s] if kind == "p2" else None]
+            first = ends[s - 1] if s else 0
+            at = place[:, first:max(ends[s], first + 1) if kind == "p2" else None]
             logits = showo.logits(traj.state(s, showo.K), ready, at=at)
             out.append(transition_log_prob(logits, **move_at(traj, rows, at, s, kind)))
             (out[-1].mean() / steps).backward()
