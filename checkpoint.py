@@ -1,4 +1,4 @@
-"""What a run of train.py leaves in its folder, and how it is taken up again.
+"""What lies on the disk: weight files and hub folders, which model.py reads and writes, and the folder of a run of train.py.
 
 OUT/metrics.jsonl, eval.jsonl      one JSON object per optimizer step, per evaluation
 OUT/samples/step-STEP.png          grids of fixed evaluation prompts
@@ -7,17 +7,165 @@ OUT/checkpoint-STEP/               Show-o's own layout (load it anywhere Show-o 
                                    the step and the prompt slot.
 """
 import json
+import os
 import pickle
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from model import InputError
+WEIGHT_NAMES = [stem + ext for ext in (".safetensors", ".bin") for stem in ("pytorch_model", "model")]
+FILES = {"config": ["config.json", "phi_config.json"], "weights": ["pytorch_model*", "model*"],
+         "tokenizer": ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]}
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names the file, line or flag and what to do about it."""
+
+
+# ------------------------------------------------------------------------------------------- weight files
+
+def read_weights(path, *, device="cpu", dtype=None) -> dict:
+    """A weight file, or a folder with one (or with shards and their index) -> state_dict. No pickled objects are run.
+
+    Files are mapped: a weight that stays on the CPU as it is costs no copy, others are moved and cast (those in floating
+    point, to dtype) one by one. Raises InputError."""
+    path = Path(path)
+    if path.is_dir():
+        for name in WEIGHT_NAMES:
+            if (path / name).exists():
+                return read_weights(path / name, device=device, dtype=dtype)
+            if (path / (name + ".index.json")).exists():
+                shards = read_json(path / (name + ".index.json")).get("weight_map")
+                if not isinstance(shards, dict) or not shards or not all((path / str(shard)).is_file() for shard in shards.values()):
+                    raise InputError(f"{path / name}.index.json: names shards that are not there; fetch or copy the folder again")
+                return {k: v for shard in sorted(set(shards.values())) for k, v in read_weights(path / shard, device=device, dtype=dtype).items()}
+        raise InputError(f"{path}: no weights there; expected one of {', '.join(WEIGHT_NAMES)}")
+    move = lambda weight: weight.to(device, dtype if dtype and weight.is_floating_point() else weight.dtype)  # noqa: E731
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path, move)
+        return _read_pickle(path, move)
+    except (MemoryError, torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
+        raise InputError(f"{path}: cannot be read as a {'safetensors' if isinstance(error, SafetensorError) else 'weights'} "
+                         f"file ({first_line(error)}); fetch or copy it again") from None
+
+
+def _read_safetensors(path, move):
+    file, state = safe_open(path, framework="pt"), {}
+    for name in file.keys():
+        weight = file.get_tensor(name)
+        state[name] = move(weight)
+        if state[name] is not weight:
+            del weight
+            file = safe_open(path, framework="pt")  # the old mapping goes, and the pages read through it
+    return state
+
+
+def _read_pickle(path, move):
+    """torch.save's files. Mapped like the others; the mapping is of the whole file, so it is made anew every 64 MB, and the
+    largest weights come first, while little else is in memory."""
+    load = lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: E731
+    state, out, copied = load(), {}, 0
+    nested = isinstance(state, dict) and "state_dict" in state
+    state = state["state_dict"] if nested else state
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and not v.is_meta
+                                              for k, v in state.items()):
+        raise InputError(f"{path}: not a state_dict (a flat mapping from names to tensors)")
+    for name in sorted(state, key=lambda name: -state[name].nbytes):
+        out[name] = move(state[name])
+        copied += out[name].nbytes if out[name] is not state[name] else 0
+        if copied > 2 ** 26:
+            state, copied = None, 0
+            state = load()["state_dict"] if nested else load()
+    return out
+
+
+def write_weights(path, state):
+    """Aside, then renamed: the weights may be mapped from the very file they replace."""
+    aside = path.with_name("." + path.name)
+    save_file({name: weight.contiguous() for name, weight in state.items()}, aside, metadata={"format": "pt"})
+    os.replace(aside, path)
+
+
+def build(path, kind, *args, **kwargs):
+    """kind(*args, **kwargs) without memory for its weights; raises InputError that names path when its sizes are odd."""
+    try:
+        with torch.device("meta"):
+            return kind(*args, **kwargs)
+    except Exception as error:  # whatever odd sizes lead to
+        raise error if isinstance(error, InputError) else InputError(f"{path}: cannot build {kind.__name__} of these sizes ({first_line(error)})") from None
+
+
+def load_strict(model, state, path):
+    """model.load_state_dict without a copy; raises InputError with the names and shapes that do not fit."""
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in state.items()}
+    faults = ([f"missing {k}" for k in wanted.keys() - given.keys()] + [f"surplus {k}" for k in given.keys() - wanted.keys()]
+              + [f"{k} has shape {list(given[k])}, wanted {list(wanted[k])}" for k in wanted.keys() & given.keys()
+                 if wanted[k] != given[k]])
+    if faults:
+        raise InputError(f"{path}: {len(faults)} weights do not fit {type(model).__name__}: {'; '.join(sorted(faults)[:5])}"
+                         f"{' ...' if len(faults) > 5 else ''}; is this the right checkpoint, or its config.json of another size?")
+    model.load_state_dict(state, assign=True)
+
+
+def fetch(path_or_hub_id, needed, optional=(), revision=None) -> Path:
+    """A local path as it is; else the folder of a hub repository (NAME or NAME@REVISION), which may be in the hub's cache.
+    needed, optional: kinds of FILES, or file names. Raises InputError that says what is missing and how to fetch it."""
+    path = Path(path_or_hub_id)
+    if path.parts[:1] == ("shapes",):  # the embedded default, from any working folder
+        path = Path(__file__).parent / path
+    if path.exists():
+        return path
+    name, _, pinned = str(path_or_hub_id).partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{path_or_hub_id}: no such file or folder, and not a hub id (owner/name)")
+    from huggingface_hub import constants, snapshot_download
+    revision, missing = revision or pinned or None, needed
+    try:
+        path = Path(snapshot_download(name, revision=revision, local_files_only=constants.HF_HUB_OFFLINE,
+                                      allow_patterns=[f for kind in (*needed, *optional) for f in FILES.get(kind, [kind])]))
+        missing = [kind for kind in needed if not any(True for pattern in FILES.get(kind, [kind]) for _ in path.glob(pattern))]
+        why = "the repository, or its copy in the hub's cache, lacks them"
+    except Exception as error:  # the hub client's network errors have no common class
+        why = first_line(error)
+    if missing:
+        raise InputError(f"{path_or_hub_id}: no such folder, and missing on the hub or in its cache: {', '.join(FILES.get(kind, [kind])[0] for kind in missing)} "
+                         f"({why}); check the name, or where there is network run: hf download {name}{f' --revision {revision}' if revision else ''}")
+    return path
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file; raises InputError."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return content
+
+
+def write_json(path, content):
+    """For people: indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def first_line(error) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+# ------------------------------------------------------------------------------------------- the folder of a run
 
 SAME = ("model", "group_size", "prompts_per_step", "unmask_steps", "transition", "inner_epochs", "no_kl", "steps", "lr", "seed")
 

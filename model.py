@@ -12,19 +12,16 @@ control token; the text part is computed once per prompt (it never sees the imag
 prompt not at all (rotary embeddings are relative, so both are exact).
 """
 import functools
-import json
-import os
 import warnings
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint as compute_again
+
+from checkpoint import InputError, build, fetch, first_line, load_strict, read_json, read_weights, write_json, write_weights
 
 try:
     import torchvision  # noqa: F401  (transformers and open_clip import it when it is installed)
@@ -44,13 +41,6 @@ SPECIALS = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|m
 PHI_1_5 = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
                max_position_embeddings=2048, hidden_act="gelu_new", layer_norm_eps=1e-5, rope_theta=10000.0,
                partial_rotary_factor=0.5)
-WEIGHT_NAMES = [stem + ext for ext in (".safetensors", ".bin") for stem in ("pytorch_model", "model")]
-FILES = {"config": ["config.json", "phi_config.json"], "weights": ["pytorch_model*", "model*"],
-         "tokenizer": ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]}
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message names the file, line or flag and what to do about it."""
 
 
 # ------------------------------------------------------------------------------------------------ Show-o
@@ -65,6 +55,7 @@ class TextCache:
         self.embed = self.head = self.bias = None       # Float (K + 3, width): codes, mask, soi, eoi; Float32 (K, width), (K,)
 
     def update(self, key, value, layer, *_, **__):
+        """What transformers' attention calls: its keys and values of a layer -> those to attend to."""
         if len(self.layers) == layer:
             self.layers.append((key, value))
             return key, value
@@ -209,7 +200,7 @@ class Showo(nn.Module):
                     attend = attend if attend is None else attend[:, :, :1].expand(-1, -1, at.shape[1], -1)
                 block = functools.partial(layer, attention_mask=attend, past_key_values=cache, position_embeddings=rotary, is_causal=causal)
                 again = self.grad_checkpoint and torch.is_grad_enabled() and not causal and cache.image is None
-                hidden = checkpoint(block, hidden, use_reentrant=False) if again else block(hidden)
+                hidden = compute_again(block, hidden, use_reentrant=False) if again else block(hidden)
             cache.image = None
             return phi.final_layernorm(hidden)
 
@@ -231,9 +222,9 @@ class Showo(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
-        _write_json(folder / "config.json", self.config)
-        _write_json(folder / "phi_config.json", {"model_type": "phi", **self.phi})
-        _write_weights(folder / "pytorch_model.safetensors", self.state_dict())
+        write_json(folder / "config.json", self.config)
+        write_json(folder / "phi_config.json", {"model_type": "phi", **self.phi})
+        write_weights(folder / "pytorch_model.safetensors", self.state_dict())
 
 
 def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.float32, revision=None, like=None) -> Showo:
@@ -247,8 +238,8 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
     folder = path if path.is_dir() else path.parent
     if path.is_file() and like and not (folder / "config.json").exists():
         folder = fetch(like, ["config"], ["tokenizer"], revision)
-    config = _read_json(folder / "config.json") if path.is_dir() or (folder / "config.json").exists() else None
-    phi = _read_json(folder / "phi_config.json") if (folder / "phi_config.json").exists() else {}
+    config = read_json(folder / "config.json") if path.is_dir() or (folder / "config.json").exists() else None
+    phi = read_json(folder / "phi_config.json") if (folder / "phi_config.json").exists() else {}
     text = load_tokenizer(tokenizer or (folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"))
     state = read_weights(path, device=device, dtype=dtype)
     if config is None:
@@ -258,7 +249,7 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
         warnings.warn(f"{path_or_hub_id}: its mm_projector ({len(unused)} weights, for understanding pictures) is not used", stacklevel=2)
     if len(text) > config.get("llm_vocab_size", len(text)):
         raise InputError(f"--tokenizer: has {len(text)} entries, {path_or_hub_id} room for {config['llm_vocab_size']}; they do not belong together")
-    model = _build(folder / "config.json", Showo, config | {"w_clip_vit": False}, phi, text)  # what save() writes has no projector
+    model = build(folder / "config.json", Showo, config | {"w_clip_vit": False}, phi, text)  # what save() writes has no projector
     load_strict(model, {name: weight for name, weight in state.items() if name not in unused}, path)
     model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.phi_config).to(device)
     return model.eval()
@@ -423,15 +414,15 @@ class MAGVITv2(nn.Module):
         """Write config.json and model.safetensors, floating-point weights as dtype."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "config.json", {"_class_name": "MAGVITv2", **self.config})
-        _write_weights(folder / "model.safetensors", {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.state_dict().items()})
+        write_json(folder / "config.json", {"_class_name": "MAGVITv2", **self.config})
+        write_weights(folder / "model.safetensors", {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.state_dict().items()})
 
 
 def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
     """A folder or hub id (showlab/magvitv2) with config.json and weights -> MAGVITv2 in float32; raises InputError."""
     path = fetch(path_or_hub_id, ["config", "weights"])
-    config = _read_json(path / "config.json")
-    model = _build(path / "config.json", MAGVITv2, **{k: config[k] for k in ("encoder", "decoder") if k in config})
+    config = read_json(path / "config.json")
+    model = build(path / "config.json", MAGVITv2, **{k: config[k] for k in ("encoder", "decoder") if k in config})
     load_strict(model, read_weights(path, device=device, dtype=torch.float32), path)
     return model.eval().requires_grad_(False)
 
@@ -439,136 +430,3 @@ def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
 def to_uint8(images):
     """Float[B, 3, H, W] in [-1, 1] -> uint8, truncated as Show-o's scripts do."""
     return ((images.float() + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8)
-
-
-# ------------------------------------------------------------------------------------------- weight files
-
-def read_weights(path, *, device="cpu", dtype=None) -> dict:
-    """A weight file, or a folder with one (or with shards and their index) -> state_dict. No pickled objects are run.
-
-    Files are mapped: a weight that stays on the CPU as it is costs no copy, others are moved and cast (those in floating
-    point, to dtype) one by one. Raises InputError."""
-    path = Path(path)
-    if path.is_dir():
-        for name in WEIGHT_NAMES:
-            if (path / name).exists():
-                return read_weights(path / name, device=device, dtype=dtype)
-            if (path / (name + ".index.json")).exists():
-                shards = _read_json(path / (name + ".index.json")).get("weight_map")
-                if not isinstance(shards, dict) or not shards or not all((path / str(shard)).is_file() for shard in shards.values()):
-                    raise InputError(f"{path / name}.index.json: names shards that are not there; fetch or copy the folder again")
-                return {k: v for shard in sorted(set(shards.values())) for k, v in read_weights(path / shard, device=device, dtype=dtype).items()}
-        raise InputError(f"{path}: no weights there; expected one of {', '.join(WEIGHT_NAMES)}")
-    move = lambda weight: weight.to(device, dtype if dtype and weight.is_floating_point() else weight.dtype)  # noqa: E731
-    try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path, move)
-        return _read_pickle(path, move)
-    except (MemoryError, torch.OutOfMemoryError, InputError):
-        raise
-    except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
-        raise InputError(f"{path}: cannot be read as a {'safetensors' if isinstance(error, SafetensorError) else 'weights'} "
-                         f"file ({first_line(error)}); fetch or copy it again") from None
-
-
-def _read_safetensors(path, move):
-    file, state = safe_open(path, framework="pt"), {}
-    for name in file.keys():
-        weight = file.get_tensor(name)
-        state[name] = move(weight)
-        if state[name] is not weight:
-            del weight
-            file = safe_open(path, framework="pt")  # the old mapping goes, and the pages read through it
-    return state
-
-
-def _read_pickle(path, move):
-    """torch.save's files. Mapped like the others; the mapping is of the whole file, so it is made anew every 64 MB, and the
-    largest weights come first, while little else is in memory."""
-    load = lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: E731
-    state, out, copied = load(), {}, 0
-    nested = isinstance(state, dict) and "state_dict" in state
-    state = state["state_dict"] if nested else state
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and not v.is_meta
-                                              for k, v in state.items()):
-        raise InputError(f"{path}: not a state_dict (a flat mapping from names to tensors)")
-    for name in sorted(state, key=lambda name: -state[name].nbytes):
-        out[name] = move(state[name])
-        copied += out[name].nbytes if out[name] is not state[name] else 0
-        if copied > 2 ** 26:
-            state, copied = None, 0
-            state = load()["state_dict"] if nested else load()
-    return out
-
-
-def _write_weights(path, state):
-    """Aside, then renamed: the weights may be mapped from the very file they replace."""
-    aside = path.with_name("." + path.name)
-    save_file({name: weight.contiguous() for name, weight in state.items()}, aside, metadata={"format": "pt"})
-    os.replace(aside, path)
-
-
-def _build(path, kind, *args, **kwargs):
-    try:
-        with torch.device("meta"):
-            return kind(*args, **kwargs)
-    except Exception as error:  # whatever odd sizes lead to
-        raise error if isinstance(error, InputError) else InputError(f"{path}: cannot build {kind.__name__} of these sizes ({first_line(error)})") from None
-
-
-def load_strict(model, state, path):
-    """model.load_state_dict without a copy; raises InputError with the names and shapes that do not fit."""
-    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    given = {k: tuple(v.shape) for k, v in state.items()}
-    faults = ([f"missing {k}" for k in wanted.keys() - given.keys()] + [f"surplus {k}" for k in given.keys() - wanted.keys()]
-              + [f"{k} has shape {list(given[k])}, wanted {list(wanted[k])}" for k in wanted.keys() & given.keys()
-                 if wanted[k] != given[k]])
-    if faults:
-        raise InputError(f"{path}: {len(faults)} weights do not fit {type(model).__name__}: {'; '.join(sorted(faults)[:5])}"
-                         f"{' ...' if len(faults) > 5 else ''}; is this the right checkpoint, or its config.json of another size?")
-    model.load_state_dict(state, assign=True)
-
-
-def fetch(path_or_hub_id, needed, optional=(), revision=None) -> Path:
-    """A local path as it is; else the folder of a hub repository (NAME or NAME@REVISION), which may be in the hub's cache.
-    needed, optional: kinds of FILES, or file names. Raises InputError that says what is missing and how to fetch it."""
-    path = Path(path_or_hub_id)
-    if path.parts[:1] == ("shapes",):  # the embedded default, from any working folder
-        path = Path(__file__).parent / path
-    if path.exists():
-        return path
-    name, _, pinned = str(path_or_hub_id).partition("@")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{path_or_hub_id}: no such file or folder, and not a hub id (owner/name)")
-    from huggingface_hub import constants, snapshot_download
-    revision, missing = revision or pinned or None, needed
-    try:
-        path = Path(snapshot_download(name, revision=revision, local_files_only=constants.HF_HUB_OFFLINE,
-                                      allow_patterns=[f for kind in (*needed, *optional) for f in FILES.get(kind, [kind])]))
-        missing = [kind for kind in needed if not any(True for pattern in FILES.get(kind, [kind]) for _ in path.glob(pattern))]
-        why = "the repository, or its copy in the hub's cache, lacks them"
-    except Exception as error:  # the hub client's network errors have no common class
-        why = first_line(error)
-    if missing:
-        raise InputError(f"{path_or_hub_id}: no such folder, and missing on the hub or in its cache: {', '.join(FILES.get(kind, [kind])[0] for kind in missing)} "
-                         f"({why}); check the name, or where there is network run: hf download {name}{f' --revision {revision}' if revision else ''}")
-    return path
-
-
-def _read_json(path) -> dict:
-    try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no JSON object")
-    return content
-
-
-def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def first_line(error) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
