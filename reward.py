@@ -328,6 +328,7 @@ def geneval_reward(rule, detector, device):
     detector = detector or Detector(device=device)
 
     def score(images, prompts, metadata):
+        """See Reward; raises InputError for prompts without metadata."""
         if metadata is None or not all(map(is_geneval, metadata)):
             raise InputError("--reward geneval: every prompt needs GenEval metadata (tag, include) in the prompt file")
         found = detector(images, metadata)

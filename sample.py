@@ -82,8 +82,8 @@ def choose_and_move(conf_logp, masked, n_stay_masked, temperature, gumbel):
     conf = conf_logp + temperature * gumbel if temperature else conf_logp
     conf = conf.masked_fill(~masked, math.inf)  # after the noise: what is unmasked stays so
     rank = conf.argsort(dim=1, stable=True).argsort(dim=1)
-    if torch.is_tensor(n_stay_masked):
-        n_stay_masked = n_stay_masked.to(conf.device).reshape(-1, 1)
+    if not isinstance(n_stay_masked, int):
+        n_stay_masked = torch.as_tensor(n_stay_masked, device=conf.device).reshape(-1, 1)
     return masked & (rank >= n_stay_masked)
 
 
@@ -151,6 +151,7 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                            # (B, N, K)
     norm = logits.logsumexp(-1)  # and not log_softmax: no second (B, N, K) is kept for the backward pass
     rows = torch.arange(len(codes), device=codes.device)
+    t = t.to(codes.device).expand(len(codes)) if torch.is_tensor(t) else int(t)
     pick = (lambda x: x[:, t]) if isinstance(t, int) else (lambda x: x[rows, t])                    # (B, T) -> (B,)
     now = t if isinstance(t, int) else t[:, None]
     new, remasked = order == now, order > now
@@ -332,6 +333,7 @@ class Parser(argparse.ArgumentParser):
 def in_range(kind, low, high=float("inf")):
     """An argparse type: kind (int or float) between low and high, both included."""
     def parse(text):
+        """The text of a flag -> its value; raises ArgumentTypeError."""
         try:
             value = kind(text)
         except ValueError:

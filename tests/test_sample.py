@@ -186,6 +186,16 @@ def test_rows_and_groups_do_not_influence_each_other():
         assert torch.equal(together[i:i + 1], choose_and_move(logp[i:i + 1], masked[i:i + 1], stay, 0.7, gumbel[i:i + 1]))
 
 
+@pytest.mark.parametrize("kind", ["p1", "p2", "ar"])
+def test_an_iteration_is_a_number_or_a_tensor(kind):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 8, 6, generator=g)
+    traj = rollout(lambda codes: logits, 3, 8, 6, 4, generator=g, keep_sampled=True)
+    values = [transition_log_prob(logits, traj.codes, traj.order, t, kind, threshold=traj.threshold, sampled=traj.sampled)
+              for t in (2, torch.tensor(2), torch.tensor([2]), torch.tensor([2, 2, 2]))]
+    assert all(torch.equal(values[0], value) for value in values)
+
+
 def test_infinite_noise_cannot_mask_what_is_unmasked():
     masked = torch.tensor([[False, True, True, True]])
     new = choose_and_move(torch.zeros(1, 4), masked, 1, 1.0, torch.tensor([[-math.inf, -math.inf, 0.0, 1.0]]))
