@@ -3,15 +3,19 @@
 OUT/metrics.jsonl, eval.jsonl      one JSON object per optimizer step, per evaluation
 OUT/samples/step-STEP.png          grids of fixed evaluation prompts
 OUT/checkpoint-STEP/               Show-o's own layout (load it anywhere Show-o is loaded) + trainer.pt: step, flags,
-                                   optimizer, filter history. Random states need no saving: they are functions of the seed,
-                                   the step and the prompt slot.
+                                   optimizer, filter history + manifest.json: size and CRC-32 of every file. Random states
+                                   need no saving: they are functions of the seed, the step and the prompt slot.
 """
 import json
+import math
 import os
-import pickle
 import shutil
+import signal
+import sys
 import time
 import zipfile
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -19,6 +23,8 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 WEIGHT_NAMES = [stem + ext for ext in (".safetensors", ".bin") for stem in ("pytorch_model", "model")]
 FILES = {"config": ["config.json", "phi_config.json"], "weights": ["pytorch_model*", "model*"],
@@ -167,39 +173,157 @@ def first_line(error) -> str:
 
 # ------------------------------------------------------------------------------------------- the folder of a run
 
-SAME = ("model", "group_size", "prompts_per_step", "unmask_steps", "transition", "inner_epochs", "no_kl", "steps", "lr", "seed")
+SAME = ("model", "group_size", "unmask_steps", "transition", "inner_epochs", "no_kl", "seed")
+ALARMS = {"ratio_max": 10.0, "approx_kl": 0.5, "kl_ref": 10.0}  # above it, the policy has left what sampled, or the reference, far behind
 
 
-def save(folder, step, showo, optimizer, sample_filter, args):
-    """Write a checkpoint folder; it gets its name only when it is complete."""
+def save(folder, state, weights, showo, keep_last=0):
+    """Write a checkpoint folder: aside, flushed to the disk, then renamed, so that its name means that it is complete; then drop
+    older ones but the last keep_last (0 = keep all).
+
+    state: what trainer.pt holds; weights: showo's state_dict. Raises InputError when it cannot be written; older ones stay as they are."""
+    for left in folder.parent.glob(".checkpoint-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     aside = folder.with_name("." + folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    showo.save(aside)
-    torch.save({"step": step, "args": vars(args), "optimizer": optimizer.state_dict(),
-                "filter": sample_filter.state_dict() if sample_filter else {"history": []}}, aside / "trainer.pt")
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
+    try:
+        showo.save(aside, weights)
+        torch.save(state, aside / "trainer.pt")
+        write_json(aside / "manifest.json", {file.name: [file.stat().st_size, crc32(file)] for file in sorted(aside.iterdir())})
+        for path in (*aside.iterdir(), aside):
+            flush(path)
+        aside.rename(folder)
+        flush(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = checkpoints(folder.parent)
+        raise InputError(f"{folder}: cannot be saved ({first_line(error)}); {f'{kept[-1]} is whole' if kept else 'none was saved before'}; "
+                         "make room and continue with --resume") from None
+    older = [old for old in checkpoints(folder.parent) if step_of(old) <= state["step"]]
+    for old in older[:-keep_last] if keep_last else ():
+        shutil.rmtree(old.rename(old.with_name("." + old.name)))
 
 
-def find(args):
-    """--resume -> (checkpoint folder, its trainer.pt). Raises InputError when there is none, or it is of another kind of run."""
+def whole(showo, optimizer):
+    """Weights and optimizer state under the names of the weights, as one process alone has them; all processes call it. When they
+    are in shards (--fsdp), they are put together on the CPU of process 0, the others get nothing."""
+    sharded = isinstance(showo, FSDPModule)
+    if sharded:
+        showo.reshard()
+    state = get_state_dict(showo, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=sharded))
+    if sharded:
+        showo.unshard()
+    return state
+
+
+def load_optimizer(showo, optimizer, state):
+    """What whole() gave -> optimizer, in shards if its parameters are."""
+    set_optimizer_state_dict(showo, optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+
+def flush(path):
+    """What was written there is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def crc32(path) -> int:
+    """The CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def step_of(folder) -> int:
+    """checkpoint-STEP -> STEP."""
+    return int(folder.name[11:])
+
+
+def checkpoints(out) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted((f for f in Path(out).glob("checkpoint-*") if f.name[11:].isdigit() and f.is_dir()), key=step_of)
+
+
+def damage(folder) -> str | None:
+    """What is wrong with a checkpoint folder, by its manifest; None when it is as it was saved."""
+    if not folder.is_dir():
+        return "no such folder"
+    try:
+        manifest = read_json(folder / "manifest.json")
+        for name, (size, crc) in manifest.items():
+            if (folder / name).stat().st_size != size or crc32(folder / name) != crc:
+                return f"{folder / name} is not as it was saved"
+    except (OSError, ValueError, TypeError) as error:
+        return first_line(error)
+    return None if "trainer.pt" in manifest else f"{folder}/manifest.json does not list trainer.pt"
+
+
+def find(args, rank):
+    """--resume -> (checkpoint folder, its trainer.pt); auto: the newest whole one of --out, or (None, None) when that run was
+    stopped before it saved one. Raises InputError when there is none, or it is of another kind of run."""
     folder = Path(args.resume)
     if args.resume == "auto":
-        found = [f for f in Path(args.out).glob("checkpoint-*") if (f / "trainer.pt").exists() and f.name[11:].isdigit()]
-        if not found:
-            raise InputError(f"--resume: no checkpoint in {args.out}")
-        folder = max(found, key=lambda f: int(f.name[11:]))
+        for folder in reversed(checkpoints(args.out)):
+            if (fault := damage(folder)) is None:
+                break
+            if rank == 0:
+                print(f"--resume: passing over {folder.name}: {fault}", file=sys.stderr)
+        else:
+            if not (Path(args.out) / "metrics.jsonl").exists():
+                raise InputError(f"--resume: no checkpoint in {args.out}")
+            return None, None
+    elif (fault := damage(folder)) is not None:
+        raise InputError(f"--resume {folder}: cannot be used: {fault}")
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         saved = state["args"]
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise InputError(f"--resume {folder}: trainer.pt cannot be read ({(str(error) or 'damaged').splitlines()[0][:150]})") from None
+    except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
+        raise InputError(f"--resume {folder}: trainer.pt cannot be read ({first_line(error)})") from None
     for name in SAME:
         if saved.get(name) != getattr(args, name):
             raise InputError(f"--resume {folder}: that run has --{name.replace('_', '-')} {saved.get(name)}, not "
                              f"{getattr(args, name)}; give the same value, or start a new run in another --out")
     return folder, state
+
+
+def differences(resumed, args, world):
+    """What a resumed run cannot have in common with the one it continues -> lines to say."""
+    before, now = resumed["world"] * resumed["args"]["prompts_per_step"], world * args.prompts_per_step
+    if before != now:
+        yield f"notice: a step takes {now} prompts, it was {before}: their order and the size of a batch are not those of the run before"
+    elif resumed["world"] != world:
+        yield f"notice: {world} processes, they were {resumed['world']}: the same prompts and noise, but for the last digits of sums"
+    for name in ("steps", "lr", "warmup"):
+        if resumed["args"][name] != getattr(args, name):
+            yield f"notice: --{name} is {getattr(args, name)}, it was {resumed['args'][name]}: the learning rate follows another curve"
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for a stop at the next step boundary, where all processes agree; a second one ends at once, unless it
+    comes within a second (torchrun passes on what the whole process group gets, too)."""
+
+    def __init__(self):
+        self.asked = 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        if self.asked and time.monotonic() - self.asked > 1:
+            os._exit(128 + number)
+        self.asked = self.asked or time.monotonic()
+
+
+def in_step(params, gather):
+    """Raise InputError, naming them, when some processes no longer hold the parameters of the others. gather: Float64[1] ->
+    Float64[world], as train.py's all_cat."""
+    sums = gather(torch.stack([p.detach().double().sum() for p in params]).sum()[None]).tolist()
+    usual = Counter(sums).most_common(1)[0][0]
+    off = [str(rank) for rank, value in enumerate(sums) if value != usual]
+    if off:
+        raise InputError(f"process {', '.join(off)} of {len(sums)} no longer holds the parameters of the others; look at the memory and the "
+                         "links of its machine, and go back to a checkpoint with --resume")
 
 
 def output_folder(args, rank) -> Path:
@@ -212,18 +336,23 @@ def output_folder(args, rank) -> Path:
             dist.broadcast_object_list(name)
         out = Path("runs") / name[0]
     own = args.resume and (args.resume == "auto" or out.resolve() == Path(args.resume).resolve().parent)
-    if not own and (out / "metrics.jsonl").exists():
+    rows = out / "metrics.jsonl"
+    if not own and rows.exists() and rows.stat().st_size:
         raise InputError(f"--out {out}: holds another run; continue it with --resume or choose another folder")
     if dist.is_initialized():
         dist.barrier()  # nobody writes before everybody has looked
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        rows.touch()  # from now on --resume continues this run, whenever it is stopped
     return out
 
 
 def read_rows(path) -> list[dict]:
     """The objects of a jsonl file; none when there is no such file; a last line cut off by a crash is passed over."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{path}: cannot be read as text; mend it, or move it away") from None
     rows = []
     for i, line in enumerate(lines):
         try:
@@ -235,10 +364,18 @@ def read_rows(path) -> list[dict]:
 
 
 def rewind(out, step):
-    """Drop the rows after a step: a resumed run computes them again."""
+    """What came after a step is computed again: drop its rows, and set its checkpoints aside."""
     for name in ("metrics.jsonl", "eval.jsonl"):
-        kept = [row for row in read_rows(out / name) if row["step"] <= step]
-        (out / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rows = read_rows(out / name)
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise InputError(f"{out / name}: a line of it is no row of a run; mend that line, or move the file away")
+        kept = [row for row in rows if row["step"] <= step]
+        aside = out / ("." + name)
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside.replace(out / name)
+    for folder in checkpoints(out):
+        if step_of(folder) > step:
+            folder.rename(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 class Log:
@@ -255,8 +392,12 @@ class Log:
 
     def __call__(self, name, row):
         if self.on:
-            with open(self.out / name, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON knows no NaN
+            try:
+                with open(self.out / name, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise InputError(f"{self.out / name}: cannot be written ({error.strerror}); make room and continue with --resume") from None
             if self.wandb:
                 self.wandb.log({f"{name.split('.')[0]}/{k}": v for k, v in row.items()}, step=row["step"])
 
@@ -273,13 +414,18 @@ class Log:
         self.say(f"{done:5d}/{steps} [{bar:<20}] {left // 60:.0f}:{left % 60:02.0f} left | reward {row['reward_mean']:.3f} "
                  f"zero-adv {row['adv_zero']:.2f} ratio {row['ratio_mean']:.3f} kl {row['approx_kl']:.1e} clip {row['clip_fraction']:.2f} "
                  f"grad {row['grad_norm']:.2f} entropy {row['entropy']:.2f} lr {row['lr']:.1e} | {row['images_per_s']:.1f} img/s")
+        for name, most in ALARMS.items():
+            if row[name] > most:
+                self.say(f"ALARM: {name} {row[name]:.3g} is above {most:g}; a smaller --lr or fewer --inner-epochs may help")
+        if row["skipped"]:
+            self.say(f"step {done} skipped, something was not finite: {'; '.join(row['faults'])}")
 
 
 def closing_table(out, say):
     rows = read_rows(out / "eval.jsonl")
     if len(rows) > 1:
         say(f"\n{'':<16}{'before':>8} -> {'after':<8}  (steps {rows[0]['step']} and {rows[-1]['step']})")
-        for name in (key for key in rows[0] if key != "step"):
+        for name in (key for key in rows[0] if key != "step" and None not in (rows[0][key], rows[-1].get(key))):
             say(f"{name:<16}{rows[0][name]:8.3f} -> {rows[-1][name]:<8.3f}")
 
 

@@ -47,16 +47,17 @@ USAGE = ("clip[:MODEL/PRETRAINED], hpsv2[:v2.0|v2.1|FILE], pickscore[:ID], image
 class Reward:
     """A weighted sum of parts [(name, weight, function)], function(images, prompts, metadata) -> (Float[B], {log name: Float[B]}).
 
-    A function may have a .model; with keep=False it stays on the CPU but for the moments when it scores."""
+    A function may have a .model; with keep=False it stays on the CPU but for the moments when it scores. finite: demand scores
+    that are; train.py does not, it skips such a step."""
 
-    def __init__(self, parts, device="cpu", keep=True):
-        self.parts, self.device, self.keep, self.log = parts, device, keep, {}
+    def __init__(self, parts, device="cpu", keep=True, finite=True):
+        self.parts, self.device, self.keep, self.finite, self.log = parts, device, keep, finite, {}
 
     @torch.no_grad()
     def __call__(self, images, prompts, metadata=None):
         """images uint8[B, 3, H, W], prompts of B texts, metadata None or B GenEval lines -> Float[B] on the CPU.
 
-        Raises ValueError when the lengths differ, InputError when a score is missing or not finite: nothing trains on it."""
+        Raises ValueError when the lengths differ, InputError when a score is missing, or not finite."""
         if len(images) != len(prompts) or (metadata is not None and len(metadata) != len(prompts)):
             raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {metadata and len(metadata)} metadata: not as many")
         self.log, total = {}, torch.zeros(len(images))
@@ -68,16 +69,16 @@ class Reward:
             if model is not None and not self.keep:
                 model.to("cpu")
             values = values.float().cpu()
-            for i in (~values.isfinite()).nonzero()[:1, 0].tolist():
+            for i in (~values.isfinite()).nonzero()[:1, 0].tolist() if self.finite else ():
                 raise InputError(f"--reward {name}: the score of a picture of {prompts[i]!r} is {values[i].item()}")
             self.log |= {name: values, **extra}
             total += weight * values
         return total
 
 
-def make_reward(spec: str, *, device="cpu", detector=None, keep=True) -> Reward:
+def make_reward(spec: str, *, device="cpu", detector=None, keep=True, finite=True) -> Reward:
     """spec: parts joined by commas, see the top of this file. detector: (images, lines) -> [(detections, colours), ...] for
-    geneval; None = eval_geneval.Detector. keep: False = models wait on the CPU. Half precision on a GPU.
+    geneval; None = eval_geneval.Detector. keep: False = models wait on the CPU. finite: see Reward. Half precision on a GPU.
     Raises InputError for an unknown part, argument or weight, and for weights that cannot be loaded."""
     parts = []
     for part in spec.split(","):
@@ -99,7 +100,7 @@ def make_reward(spec: str, *, device="cpu", detector=None, keep=True) -> Reward:
         if not keep and hasattr(function, "model"):
             function.model.to("cpu")
         parts.append((f"{name}:{argument}" if argument else name, weight, function))
-    return Reward(parts, device, keep)
+    return Reward(parts, device, keep, finite)
 
 
 def _parse(part):

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import os
 import random
 import time
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial
 
 import checkpoint
 import shapes
@@ -32,7 +36,7 @@ from eval_geneval import is_geneval, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
 from model import InputError, Prompt, load_showo, to_uint8
 from reward import make_reward
-from sample import (Parser, Trajectory, generate, grid, half_or_float, in_range, load_models, mask_schedule, peak_gib, read_prompts, rollout, run,
+from sample import (Parser, Trajectory, barrier, generate, grid, half_or_float, in_range, load_models, mask_schedule, peak_gib, read_prompts, rollout, run,
                     setup, transition_log_prob)
 
 PRESETS = {
@@ -83,6 +87,7 @@ def parse_args():
     g.add_argument("--micro-batch", type=in_range(int, 1), help="pictures per forward pass, in rollout and update; memory only")
     g.add_argument("--grad-checkpoint", action="store_true", help="compute layers again in the backward pass: less memory, a third more work")
     g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the computation; weights stay fp32; auto: bf16 on a GPU")
+    g.add_argument("--fsdp", action="store_true", help="optimizer state, and between steps weights and gradients, in shards over the processes")
     g.add_argument("--seed", type=in_range(int, 0, 2 ** 31), default=42)
     g = p.add_argument_group("watching")
     g.add_argument("--eval-every", type=in_range(int, 0), help="steps between evaluations, 0 = none")
@@ -92,6 +97,9 @@ def parse_args():
     g.add_argument("--eval-prompts", help="as --prompts (default: 63 held-out prompts of shapes, else 8 lines of prompts/eval.txt)")
     g.add_argument("--sample-every", type=in_range(int, 0), help="steps between picture grids, 0 = none")
     g.add_argument("--save-every", type=in_range(int, 0), help="steps between checkpoints, 0 = only the last")
+    g.add_argument("--keep-last", type=in_range(int, 0), default=0, help="checkpoints to keep, 0 = all")
+    g.add_argument("--check-every", type=in_range(int, 0), default=50, help="steps between comparisons of the processes' parameters, 0 = none")
+    g.add_argument("--max-bad-steps", type=in_range(int, 1), default=20, help="steps skipped (a reward, loss or gradient not finite) that end a run")
     g.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", nargs="?")
@@ -101,6 +109,8 @@ def parse_args():
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         p.error("--wandb needs the package: pip install wandb")
+    if args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        p.error("--fsdp shards over processes: start train.py with torchrun --nproc_per_node N")
     if args.resume == "auto" and not args.out:
         p.error("--resume without a checkpoint needs --out, the folder of the run to continue")
     return args
@@ -124,6 +134,32 @@ def all_cat(tensor):
     return torch.cat(parts)
 
 
+def all_lists(items):
+    """The lists of all processes, joined."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def sum_gradients(showo):
+    """Add up the gradients of all processes, once per optimizer step -> the parameters that the optimizer knows. With --fsdp each
+    process goes on with its shards; since nothing is exchanged before, processes may take different numbers of passes."""
+    whole = list(showo.parameters())
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in whole]
+    if not isinstance(showo, FSDPModule):
+        for p, gradient in zip(whole, gradients):
+            p.grad = all_sum(gradient)
+        return whole
+    for p in whole:
+        p.grad = None
+    showo.reshard()
+    for p, gradient in zip(showo.parameters(), gradients):
+        p.grad = DTensor.from_local(gradient, p.device_mesh, [Partial()]).redistribute(placements=p.placements)
+    return list(showo.parameters())
+
+
 def generator(device, *key):
     """A random state that depends on the key alone."""
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
@@ -145,6 +181,7 @@ def shuffled(n, seed, epoch):
 @dataclass
 class Batch:
     """The rollouts of one step on this process: P prompts of G pictures, B = P * G rows, the rows of a group together."""
+    texts: list                     # P prompts
     prompt: Prompt
     traj: Trajectory
     rewards: torch.Tensor           # Float (P, G)
@@ -158,7 +195,8 @@ def empty_batch(lines, showo, args):
     long = lambda *shape: torch.zeros(*shape, showo.N, dtype=torch.long, device=device)  # noqa: E731
     traj = Trajectory(long(P * G), long(P * G), torch.zeros(P * G, T, device=device),
                       long(T, P * G) if args.transition == "ar" else None)
-    return Batch(showo.encode([line["prompt"] for line in lines]).repeat(G), traj, torch.zeros(P, G), {})
+    texts = [line["prompt"] for line in lines]
+    return Batch(texts, showo.encode(texts).repeat(G), traj, torch.zeros(P, G), {})
 
 
 def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> Batch:
@@ -227,8 +265,8 @@ def loss_iterations(step, args):
 
 def update(step, batch, args, showo, reference, optimizer) -> dict:
     """Climb Eq. 10 on one batch of rollouts, --inner-epochs times; gradients are those of the mean over the groups of all
-    processes -> numbers for the log. reference: a frozen Showo, None = no KL."""
-    params = list(showo.parameters())
+    processes -> numbers for the log. reference: a frozen Showo, None = no KL. When a reward, log-probability or gradient of any
+    process is not finite, none takes a step."""
     iterations, device = loss_iterations(step, args), batch.traj.codes.device
     adv = group_advantages(batch.rewards).flatten().to(device)                                  # (B,)  Eq. 12
     used = torch.arange(len(adv), device=device) if reference else adv.nonzero()[:, 0]          # the rest has no gradient
@@ -236,8 +274,9 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
     logp_old = torch.zeros(args.unmask_steps, len(adv), device=device)
     place = batch.traj.order.argsort(dim=1, stable=True)                                        # positions, the first unmasked first
     ends = [showo.N - n for n in mask_schedule(showo.N, args.unmask_steps).tolist()]            # how many are unmasked after t
-    stats, n_skipped = [], 0
-    for epoch in range(args.inner_epochs):
+    faulty = ~batch.rewards.isfinite().flatten().to(device)                                     # (B,)
+    skipped, norm, stats = all_sum(faulty.sum()).item() > 0, torch.zeros(()), []                # the same on all processes
+    for epoch in range(0 if skipped else args.inner_epochs):
         for rows in used.split(args.micro_batch) if len(used) else ():
             with showo.autocast():
                 prompt = showo.prefill(batch.prompt[rows])                                      # the text once for all iterations
@@ -256,6 +295,7 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                     else:
                         logits = showo.logits(state, prompt, at=at)                             # (b, M, K)
                     logp = transition_log_prob(logits, **move)                                  # (b,)
+                    faulty[rows] |= ~logp.detach().isfinite()
                     if epoch == 0:
                         logp_old[t, rows] = logp.detach()                                       # on policy: the ratio is 1
                     share = len(rows) / (B * len(iterations))                                   # Eq. 10 is a mean
@@ -271,19 +311,23 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                     stats.append(move_stats(logp, logp_old[t, rows], logits[:, :last - first], kl, args))
                 with torch.autocast(device.type, enabled=False):
                     prompt.cache.backward()
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            all_sum(p.grad)
+        params = sum_gradients(showo)
         norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
-        if norm.isfinite():
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        skipped = not norm.isfinite()
+        if not skipped:
             optimizer.step()
-        n_skipped += int(not norm.isfinite())                                                   # the same on all processes
         optimizer.zero_grad(set_to_none=True)
+        if isinstance(showo, FSDPModule):
+            showo.unshard()
+        if skipped:
+            break
     stats = torch.stack(stats) if stats else torch.zeros(1, 8, device=device)                   # (passes, 8)
     n, ratio, off, clipped, kl, entropy, n_new = all_sum(stats[:, :7].sum(0)).tolist()
     if not n:  # every group was all right or all wrong: nothing to learn from, no ratio
         ratio = n = 1
-    return {"grad_norm": norm.item(), "skipped": n_skipped, "ratio_mean": ratio / n, "ratio_max": all_cat(stats[:, 7].amax()[None]).amax().item() or 1.0,
+    faults = all_lists([batch.texts[i] for i in faulty.view(len(batch.texts), -1).any(1).nonzero()[:, 0].tolist()]) if skipped else []
+    return {"grad_norm": norm.item(), "skipped": int(skipped), "faults": faults, "ratio_mean": ratio / n, "ratio_max": all_cat(stats[:, 7].amax()[None]).amax().item() or 1.0,
             "approx_kl": off / n, "clip_fraction": clipped / n, "kl_ref": kl / n, "entropy": entropy / max(n_new, 1)}
 
 
@@ -298,9 +342,10 @@ def move_at(traj, rows, at, t, kind) -> dict:
 def move_stats(logp, logp_old, logits, kl, args):
     """Sums over the rows of one pass: rows, ratio, k3 of the old against the new policy, clipped, KL to the reference,
     entropy at the newly unmasked positions, whose logits (b, n, K) are given, how many of these; and the largest ratio."""
-    ratio = (logp - logp_old).exp()
+    log_ratio = logp - logp_old
+    ratio = log_ratio.exp()
     p = torch.log_softmax(logits.float(), -1)
-    sums = [torch.tensor(float(len(logp))), ratio.sum(), (ratio - 1 - ratio.log()).sum(),
+    sums = [torch.tensor(float(len(logp))), ratio.sum(), (log_ratio.expm1() - log_ratio).sum(),
             ((ratio < args.clip_low) | (ratio > args.clip_high)).sum(), kl * len(logp), -(p.exp() * p).sum(),
             torch.tensor(float(logits.shape[0] * logits.shape[1])), ratio.amax()]
     return torch.stack([x.float().to(logp.device, non_blocking=True) for x in sums])
@@ -375,7 +420,7 @@ class Clock(dict):
 def main():
     args = parse_args()
     rank, world, device = setup()
-    folder, resumed = checkpoint.find(args) if args.resume else (None, None)
+    folder, resumed = checkpoint.find(args, rank) if args.resume else (None, None)
     start = resumed["step"] if resumed else 0
     tiny = args.model == "shapes"
 
@@ -390,7 +435,7 @@ def main():
         for number, line in enumerate(used, 1):
             if needed and not is_geneval(line):
                 raise InputError(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: prompt {number} lacks GenEval metadata (tag, include)")
-    reward = make_reward(args.reward, device=device, detector=detector, keep=not args.offload_reward)
+    reward = make_reward(args.reward, device=device, detector=detector, keep=not args.offload_reward, finite=False)
     out = checkpoint.output_folder(args, rank)
 
     # the policy: logits of every position, closed over its prompts
@@ -402,16 +447,20 @@ def main():
     if not args.no_kl and args.kl_beta:
         reference = load_showo(args.model, tokenizer=args.tokenizer, device=device, revision=args.revision).requires_grad_(False)
         reference.compute_dtype = showo.compute_dtype
-    params = list(showo.parameters())
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+    if args.fsdp:
+        fully_shard(showo, mesh=init_device_mesh(device.type, (world,)))
+    optimizer = torch.optim.AdamW(showo.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
     sample_filter = SampleFilter(args.filter_percentile, args.filter_warmup) if args.filter_low else None
+    n_bad = resumed["bad"] if resumed else 0
     if resumed:
-        optimizer.load_state_dict(resumed.pop("optimizer"))
+        checkpoint.load_optimizer(showo, optimizer, resumed.pop("optimizer"))
         if sample_filter:
             sample_filter.load_state_dict(resumed["filter"])
+    if args.fsdp:
+        showo.unshard()
 
-    log = checkpoint.Log(out, args, rank, start)
+    log, stop = checkpoint.Log(out, args, rank, start if resumed else -1), checkpoint.Stop()
     per_step = args.prompts_per_step * world
     log.say(f"{loaded}\n{world} x {device.type}, computing in {showo.compute_dtype or torch.float32}; {len(lines)} prompts, "
             f"reward {args.reward}; output in {out}\n"
@@ -420,7 +469,10 @@ def main():
             f"{per_step * args.group_size * len(loss_iterations(0, args))} trajectory steps, over all processes\n"
             f"{' '.join(f'--{k.replace(chr(95), chr(45))} {v}' for k, v in vars(args).items() if v not in (None, False))}")
 
-    def watch(step):
+    for line in checkpoint.differences(resumed, args, world) if resumed else ():
+        log.say(line)
+
+    def watch(step, stopping=False):
         """Evaluate, draw and save when it is time; always at the start of a run and at its end."""
         last = step == args.steps
         due = lambda every: every and (step % every == 0 or last)  # noqa: E731
@@ -431,8 +483,12 @@ def main():
             log.say("eval " + " ".join(f"{k} {v:.3f}" if k != "step" else f"{k} {v}" for k, v in row.items()))
         if due(args.sample_every) and rank == 0:
             picture_grid(out / "samples" / f"step-{step:06d}.png", shown, args, showo, magvit, reward, detector)
-        if step > start and (due(args.save_every) or last) and rank == 0:
-            checkpoint.save(out / f"checkpoint-{step}", step, showo, optimizer, sample_filter, args)
+        if step > start and (due(args.save_every) or last or stopping):
+            weights, moments = checkpoint.whole(showo, optimizer)
+            if rank == 0:
+                history = sample_filter.state_dict() if sample_filter else {"history": []}
+                state = {"step": step, "args": vars(args), "world": world, "bad": n_bad, "optimizer": moments, "filter": history}
+                checkpoint.save(out / f"checkpoint-{step}", state, weights, showo, args.keep_last)
 
     total = Clock(device)
     clock = total
@@ -451,7 +507,7 @@ def main():
                 numbers = update(step, batch, args, showo, reference, optimizer)
         rewards = all_cat(batch.rewards.to(device))                                             # (P of all processes, G)
         parts = {name: all_cat(part.to(device)).mean().item() for name, part in batch.log.items()}
-        log.step({"step": step + 1, "reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
+        log.step({"step": step + 1, "reward_mean": rewards[rewards.isfinite()].mean().item(), "reward_std": rewards.std(1).nanmean().item(),
                   "adv_zero": (group_advantages(rewards) == 0).float().mean().item(),
                   "resampled": all_sum(torch.tensor(batch.resampled, device=device)).item(), **parts, **numbers, "lr": lr,
                   "images_per_s": rewards.numel() / clock["step"], **{f"s_{k}": v for k, v in clock.items()},
@@ -459,11 +515,22 @@ def main():
         for part, seconds in clock.items():
             total[part] = total.get(part, 0.0) + seconds
         clock = total
-        watch(step + 1)
+        n_bad += numbers["skipped"]
+        if args.check_every and (step + 1) % args.check_every == 0:
+            checkpoint.in_step(list(showo.parameters()), all_cat)
+        stopping = all_sum(torch.tensor(float(stop.asked > 0), device=device)).item() > 0       # all stop, or none
+        watch(step + 1, stopping)
+        if numbers["skipped"] and n_bad >= args.max_bad_steps:
+            barrier()  # what process 0 saves is there
+            raise InputError(f"{n_bad} steps had something that is not finite (--max-bad-steps {args.max_bad_steps}); "
+                             f"the last good checkpoint is {(checkpoint.checkpoints(out) or ['not there: none was saved'])[-1]}")
+        if stopping:
+            log.say(f"stopped after step {step + 1}, as a signal asked; continue with --resume --out {out}")
+            break
 
     if rank == 0 and (out / "samples/step-000000.png").exists():
         checkpoint.before_and_after(out / "samples")
-    done = max(args.steps - start, 1)
+    done = max(step + 1 - start if start < args.steps else 0, 1)
     checkpoint.closing_table(out, log.say)
     log.say("\nseconds per step: " + ", ".join(f"{k} {v / done:.2f}" for k, v in total.items() if k != "eval")
             + f"; all evaluations {total.get('eval', 0):.0f} s; peak memory {peak_gib(device):.2f} GiB; {out}")

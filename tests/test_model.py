@@ -10,7 +10,7 @@ import torch
 from conftest import DATA, ROOT, read_json
 from safetensors.torch import load_file, save_file
 
-from model import InputError, MAGVITv2, Showo, load_magvit, load_showo, read_weights, to_uint8
+from model import Gelu, InputError, MAGVITv2, Showo, load_magvit, load_showo, read_weights, to_uint8
 
 TOKENIZER = DATA / "prompting/tokenizer"
 
@@ -84,6 +84,17 @@ def test_guidance(showo, expected):
     with torch.no_grad():
         logits = showo.logits(codes, showo.encode(cases["cfg"]["prompts"], 16), guidance=5.0)
     torch.testing.assert_close(logits, tensors["cfg.guided_image_logits"], atol=1e-3, rtol=1e-4)
+
+
+def test_the_activation_is_gelu_new():
+    x = torch.linspace(-12, 12, 24_001)
+    for dtype, close, slopes in ((torch.float32, 1e-6, 1e-5), (torch.bfloat16, 4e-2, 2e-2)):
+        ours, exact = (start.detach().clone().requires_grad_() for start in (x.to(dtype), x.to(dtype).double()))
+        out = Gelu()(ours)
+        wanted = 0.5 * exact * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (exact + 0.044715 * exact ** 3)))
+        out.sum().backward()
+        wanted.sum().backward()
+        assert (out - wanted).abs().max() < close and (ours.grad - exact.grad).abs().max() < slopes
 
 
 def test_every_layout_loads_the_same(showo, tmp_path):
