@@ -11,7 +11,9 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -174,6 +176,7 @@ def first_line(error) -> str:
 # ------------------------------------------------------------------------------------------- the folder of a run
 
 SAME = ("model", "group_size", "unmask_steps", "transition", "inner_epochs", "no_kl", "seed")
+FREE = ("out", "resume", "wandb", "prompts_per_step", "eval_every", "sample_every", "save_every", "keep_last", "check_every")  # may change unsaid
 ALARMS = {"ratio_max": 10.0, "approx_kl": 0.5, "kl_ref": 10.0}  # above it, the policy has left what sampled, or the reference, far behind
 
 
@@ -200,7 +203,7 @@ def save(folder, state, weights, showo, keep_last=0):
                          "make room and continue with --resume") from None
     older = [old for old in checkpoints(folder.parent) if step_of(old) <= state["step"]]
     for old in older[:-keep_last] if keep_last else ():
-        shutil.rmtree(old.rename(old.with_name("." + old.name)))
+        shutil.rmtree(old.rename(old.with_name("." + old.name)), ignore_errors=True)
 
 
 def whole(showo, optimizer):
@@ -209,7 +212,8 @@ def whole(showo, optimizer):
     sharded = isinstance(showo, FSDPModule)
     if sharded:
         showo.reshard()
-    state = get_state_dict(showo, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=sharded))
+    stepped = optimizer if optimizer.state else ()  # of one that has not, the library would make a state by a step
+    state = get_state_dict(showo, stepped, options=StateDictOptions(full_state_dict=True, cpu_offload=sharded))
     if sharded:
         showo.unshard()
     return state
@@ -217,7 +221,10 @@ def whole(showo, optimizer):
 
 def load_optimizer(showo, optimizer, state):
     """What whole() gave -> optimizer, in shards if its parameters are."""
-    set_optimizer_state_dict(showo, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    decay = optimizer.param_groups[0]["weight_decay"]
+    if state:
+        set_optimizer_state_dict(showo, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    optimizer.param_groups[0]["weight_decay"] = decay  # as the flag says now
 
 
 def flush(path):
@@ -262,20 +269,22 @@ def damage(folder) -> str | None:
 
 def find(args, rank):
     """--resume -> (checkpoint folder, its trainer.pt); auto: the newest whole one of --out, or (None, None) when that run was
-    stopped before it saved one. Raises InputError when there is none, or it is of another kind of run."""
-    folder = Path(args.resume)
-    if args.resume == "auto":
-        for folder in reversed(checkpoints(args.out)):
-            if (fault := damage(folder)) is None:
-                break
-            if rank == 0:
-                print(f"--resume: passing over {folder.name}: {fault}", file=sys.stderr)
-        else:
-            if not (Path(args.out) / "metrics.jsonl").exists():
-                raise InputError(f"--resume: no checkpoint in {args.out}")
-            return None, None
-    elif (fault := damage(folder)) is not None:
-        raise InputError(f"--resume {folder}: cannot be used: {fault}")
+    stopped before it saved one. Process 0 looks for all. Raises InputError when there is none, or it is of another kind of run."""
+    found = [None, None]
+    if rank == 0:
+        try:
+            found[0] = newest(args.out) if args.resume == "auto" else Path(args.resume)
+            fault = damage(found[0]) if found[0] and args.resume != "auto" else None
+            found[1] = fault and f"--resume {found[0]}: cannot be used: {fault}"
+        except InputError as error:
+            found[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    folder, fault = found
+    if fault or folder is None:
+        if fault:
+            raise InputError(fault)
+        return None, None
     try:
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
         saved = state["args"]
@@ -288,42 +297,65 @@ def find(args, rank):
     return folder, state
 
 
+def newest(out):
+    """The newest whole checkpoint of a run; None when it was stopped before it saved one. Raises InputError when all are damaged, or
+    there is no run."""
+    there = checkpoints(out)
+    for folder in reversed(there):
+        if (fault := damage(folder)) is None:
+            return folder
+        print(f"--resume: passing over {folder.name}: {fault}", file=sys.stderr)
+    if there:
+        raise InputError(f"--resume: no checkpoint in {out} is whole; to begin again, choose another --out")
+    if not (Path(out) / "metrics.jsonl").exists():
+        raise InputError(f"--resume: no checkpoint in {out}")
+
+
 def differences(resumed, args, world):
-    """What a resumed run cannot have in common with the one it continues -> lines to say."""
-    before, now = resumed["world"] * resumed["args"]["prompts_per_step"], world * args.prompts_per_step
+    """What a resumed run does not have in common with the one it continues -> lines to say."""
+    saved = resumed["args"]
+    before, now = resumed["world"] * saved["prompts_per_step"], world * args.prompts_per_step
     if before != now:
         yield f"notice: a step takes {now} prompts, it was {before}: their order and the size of a batch are not those of the run before"
     elif resumed["world"] != world:
         yield f"notice: {world} processes, they were {resumed['world']}: the same prompts and noise, but for the last digits of sums"
-    for name in ("steps", "lr", "warmup"):
-        if resumed["args"][name] != getattr(args, name):
-            yield f"notice: --{name} is {getattr(args, name)}, it was {resumed['args'][name]}: the learning rate follows another curve"
+    for name, value in vars(args).items():
+        if name not in FREE and saved.get(name) != value:
+            yield f"notice: --{name.replace('_', '-')} is {value}, it was {saved.get(name)}"
 
 
 class Stop:
     """SIGTERM and SIGINT ask for a stop at the next step boundary, where all processes agree; a second one ends at once, unless it
-    comes within a second (torchrun passes on what the whole process group gets, too)."""
+    comes within a second (torchrun passes on what the whole process group gets, too). A thread listens, since the main one may be
+    waiting for other processes."""
 
     def __init__(self):
-        self.asked = 0.0
+        self.asked, (heard, said) = 0.0, socket.socketpair()
+        said.setblocking(False)
+        signal.set_wakeup_fd(said.fileno())
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self)
+            signal.signal(number, lambda *_: None)
+        self.said = said  # kept open
+        threading.Thread(target=self.listen, args=(heard,), daemon=True).start()
 
-    def __call__(self, number, frame):
-        if self.asked and time.monotonic() - self.asked > 1:
-            os._exit(128 + number)
-        self.asked = self.asked or time.monotonic()
+    def listen(self, heard):
+        """Runs beside the training."""
+        while number := heard.recv(1):
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                if self.asked and time.monotonic() - self.asked > 1:
+                    os._exit(128 + number[0])
+                self.asked = self.asked or time.monotonic()
 
 
 def in_step(params, gather):
-    """Raise InputError, naming them, when some processes no longer hold the parameters of the others. gather: Float64[1] ->
-    Float64[world], as train.py's all_cat."""
-    sums = gather(torch.stack([p.detach().double().sum() for p in params]).sum()[None]).tolist()
-    usual = Counter(sums).most_common(1)[0][0]
+    """Raise InputError, naming them, when some processes no longer hold the parameters of most, bit by bit. params: float32;
+    gather: Long[1] -> Long[world], as train.py's all_cat."""
+    sums = gather(sum(p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params)[None]).tolist()
+    usual, n = Counter(sums).most_common(1)[0]
     off = [str(rank) for rank, value in enumerate(sums) if value != usual]
     if off:
-        raise InputError(f"process {', '.join(off)} of {len(sums)} no longer holds the parameters of the others; look at the memory and the "
-                         "links of its machine, and go back to a checkpoint with --resume")
+        raise InputError(f"process {', '.join(off)} of {len(sums)} no longer holds the parameters of {'the others' if 2 * n > len(sums) else 'process 0'}; "
+                         "look at the memory and the links of its machine, and go back to a checkpoint with --resume")
 
 
 def output_folder(args, rank) -> Path:
@@ -364,7 +396,11 @@ def read_rows(path) -> list[dict]:
 
 
 def rewind(out, step):
-    """What came after a step is computed again: drop its rows, and set its checkpoints aside."""
+    """What came after a step is computed again: set its checkpoints aside, then its rows."""
+    stamp = f"before-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    for folder in checkpoints(out):
+        if step_of(folder) > step:
+            folder.rename(folder.with_name(f"{folder.name}.{stamp}"))
     for name in ("metrics.jsonl", "eval.jsonl"):
         rows = read_rows(out / name)
         if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
@@ -372,10 +408,10 @@ def rewind(out, step):
         kept = [row for row in rows if row["step"] <= step]
         aside = out / ("." + name)
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        flush(aside)
+        if len(kept) < len(rows):
+            shutil.copy(out / name, out / f"{name}.{stamp}")
         aside.replace(out / name)
-    for folder in checkpoints(out):
-        if step_of(folder) > step:
-            folder.rename(folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 
 class Log:
@@ -418,7 +454,7 @@ class Log:
             if row[name] > most:
                 self.say(f"ALARM: {name} {row[name]:.3g} is above {most:g}; a smaller --lr or fewer --inner-epochs may help")
         if row["skipped"]:
-            self.say(f"step {done} skipped, something was not finite: {'; '.join(row['faults'])}")
+            self.say(f"step {done} skipped, something was not finite: {'; '.join(row['faults']) or 'the sum of the gradients'}")
 
 
 def closing_table(out, say):

@@ -16,6 +16,7 @@ Departure from the paper: the default transition is Eq. 15 (p2), which is what t
 """
 import argparse
 import datetime
+import errno
 import json
 import math
 import os
@@ -345,10 +346,14 @@ def in_range(kind, low, high=float("inf")):
 
 
 def run(main):
-    """Call main(); an InputError becomes one line and exit code 2, of one process while all do the same."""
+    """Call main(); an InputError, or a disk that refuses, becomes one line and exit code 2, of one process while all do the same."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EFBIG):
+                raise
+            error = f"{error.filename or 'a file'}: {error.strerror}; make room, or choose another place"
         rank = os.environ.get("RANK", "0")
         if rank == "0" or dist.is_initialized():
             print(f"{Path(sys.argv[0]).name}: {f'process {rank}: ' if rank != '0' else ''}error: {error}", file=sys.stderr)

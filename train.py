@@ -266,7 +266,7 @@ def loss_iterations(step, args):
 def update(step, batch, args, showo, reference, optimizer) -> dict:
     """Climb Eq. 10 on one batch of rollouts, --inner-epochs times; gradients are those of the mean over the groups of all
     processes -> numbers for the log. reference: a frozen Showo, None = no KL. When a reward, log-probability or gradient of any
-    process is not finite, none takes a step."""
+    process is not finite, none takes that step, nor another one on these rollouts."""
     iterations, device = loss_iterations(step, args), batch.traj.codes.device
     adv = group_advantages(batch.rewards).flatten().to(device)                                  # (B,)  Eq. 12
     used = torch.arange(len(adv), device=device) if reference else adv.nonzero()[:, 0]          # the rest has no gradient
@@ -295,7 +295,7 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                     else:
                         logits = showo.logits(state, prompt, at=at)                             # (b, M, K)
                     logp = transition_log_prob(logits, **move)                                  # (b,)
-                    faulty[rows] |= ~logp.detach().isfinite()
+                    odd = ~logp.detach().isfinite()
                     if epoch == 0:
                         logp_old[t, rows] = logp.detach()                                       # on policy: the ratio is 1
                     share = len(rows) / (B * len(iterations))                                   # Eq. 10 is a mean
@@ -306,6 +306,7 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                             logp_ref = transition_log_prob(reference.logits(state, prompt_ref, at=at), **move)
                         kl = kl_k3(logp, logp_ref)
                         loss = loss + share * args.kl_beta * kl
+                    faulty[rows] |= odd | (~loss.detach().isfinite() & ~odd.any())             # one, or any of these rows
                     with torch.autocast(device.type, enabled=False):  # backward in the precision of each forward op
                         loss.backward()
                     stats.append(move_stats(logp, logp_old[t, rows], logits[:, :last - first], kl, args))
@@ -314,7 +315,7 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
         params = sum_gradients(showo)
         norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        skipped = not norm.isfinite()
+        skipped = all_sum(faulty.sum()).item() > 0 or not norm.isfinite()
         if not skipped:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -484,9 +485,11 @@ def main():
         if due(args.sample_every) and rank == 0:
             picture_grid(out / "samples" / f"step-{step:06d}.png", shown, args, showo, magvit, reward, detector)
         if step > start and (due(args.save_every) or last or stopping):
+            if args.check_every:
+                checkpoint.in_step(list(showo.parameters()), all_cat)
             weights, moments = checkpoint.whole(showo, optimizer)
             if rank == 0:
-                history = sample_filter.state_dict() if sample_filter else {"history": []}
+                history = sample_filter.state_dict() if sample_filter else resumed["filter"] if resumed else {"history": []}
                 state = {"step": step, "args": vars(args), "world": world, "bad": n_bad, "optimizer": moments, "filter": history}
                 checkpoint.save(out / f"checkpoint-{step}", state, weights, showo, args.keep_last)
 
@@ -519,11 +522,12 @@ def main():
         if args.check_every and (step + 1) % args.check_every == 0:
             checkpoint.in_step(list(showo.parameters()), all_cat)
         stopping = all_sum(torch.tensor(float(stop.asked > 0), device=device)).item() > 0       # all stop, or none
-        watch(step + 1, stopping)
-        if numbers["skipped"] and n_bad >= args.max_bad_steps:
+        too_bad = numbers["skipped"] and n_bad >= args.max_bad_steps
+        watch(step + 1, stopping or too_bad)
+        if too_bad:
             barrier()  # what process 0 saves is there
-            raise InputError(f"{n_bad} steps had something that is not finite (--max-bad-steps {args.max_bad_steps}); "
-                             f"the last good checkpoint is {(checkpoint.checkpoints(out) or ['not there: none was saved'])[-1]}")
+            raise InputError(f"{n_bad} steps had something that is not finite; the last good checkpoint is {checkpoint.checkpoints(out)[-1]}; "
+                             "look at the prompts logged with them, and continue with --resume and a larger --max-bad-steps")
         if stopping:
             log.say(f"stopped after step {step + 1}, as a signal asked; continue with --resume --out {out}")
             break

@@ -3,6 +3,7 @@ random moment, and continued with --resume; beside it the same run in one piece.
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -14,8 +15,8 @@ import checkpoint  # noqa: E402
 import train  # noqa: E402
 
 torch.set_num_threads(1)  # and no thread is ever started here, so that fork() is safe
-OUT, PHASES = Path(sys.argv[1]), {"rollout": (train, "collect", 0.15), "update": (train, "update", 0.25), "saving": (checkpoint, "save", 0.05)}
-FLAGS = ("--model shapes --no-kl --filter-low --filter-warmup 4 --steps 24 --prompts-per-step 3 --group-size 4 --unmask-steps 8 --eval-every 0 "
+OUT, PHASES = Path(sys.argv[1]), {"rollout": (train, "collect"), "update": (train, "update"), "saving": (checkpoint, "save")}
+FLAGS = ("--model shapes --no-kl --filter-low --filter-warmup 4 --steps 40 --prompts-per-step 3 --group-size 4 --unmask-steps 8 --eval-every 0 "
          "--sample-every 0 --save-every 1 --keep-last 2 --lr 1e-3").split()
 
 
@@ -26,7 +27,7 @@ def start(folder, *flags):
     if child:
         os.close(write)
         return child, read
-    for letter, (module, name, _) in zip(b"rus", PHASES.values()):
+    for letter, (module, name) in zip(b"rus", PHASES.values()):
         def announced(*args, plain=getattr(module, name), letter=letter):
             os.write(write, bytes([letter]))
             return plain(*args)
@@ -42,16 +43,18 @@ def start(folder, *flags):
 
 
 def finish(child, pipe):
-    """Wait for its end."""
-    while os.read(pipe, 100):
-        pass
+    """Wait for its end -> seconds of each phase, by its letter."""
+    seconds, letter, since = {}, b"", 0.0
+    while begins := os.read(pipe, 1):
+        seconds.setdefault(letter, []).append(time.time() - since)
+        letter, since = begins, time.time()
     os.close(pipe)
     assert os.waitpid(child, 0)[1] == 0
+    return {letter: statistics.median(times) for letter, times in seconds.items()}
 
 
 dice = random.Random(0)
-finish(*start("straight"))
-begun = []
+seconds, begun, torn = finish(*start("straight")), [], 0
 for kill in range(20):
     phase = list(PHASES)[kill % 3]
     child, pipe = start("killed", *(["--resume"] if kill else []))
@@ -60,12 +63,13 @@ for kill in range(20):
         begins = os.read(pipe, 1)
         assert begins, "it ended before it was killed"
         left -= begins == phase[:1].encode()
-    time.sleep(dice.uniform(0, PHASES[phase][2]))
+    time.sleep(dice.uniform(0, seconds[phase[:1].encode()]))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     os.close(pipe)
     whole = [checkpoint.step_of(f) for f in checkpoint.checkpoints(OUT / "killed") if checkpoint.damage(f) is None]
     assert len(whole) == len(checkpoint.checkpoints(OUT / "killed")), "a checkpoint that has its name is not whole"
     begun.append(whole[-1] if whole else 0)
+    torn += len(list((OUT / "killed").glob(".checkpoint-*")))
 finish(*start("killed", "--resume"))
-print(begun)
+print([begun, torn])

@@ -1,6 +1,5 @@
 """train.py end to end at tiny size: files, resume, reductions, filter, two processes, bad input, the README's example."""
 import json
-import os
 import re
 import shutil
 import subprocess
