@@ -9,8 +9,10 @@ gradient) and its ratio is always 1 (the clip never acts); here the KL is agains
 import torch
 
 
-def group_advantages(rewards):
+def group_advantages(rewards, kind="std"):
     """Eq. 12: A^j = (R^j - mean R) / std R within each group. rewards Float[P, G] -> Float[P, G].
+
+    kind "mean": no division by the standard deviation, so that groups of little spread weigh less (Dr. GRPO, arXiv 2503.20783).
 
     The standard deviation is the sample's (divided by G - 1). A group whose rewards are all equal teaches nothing: its
     advantages are 0. Raises ValueError when G < 2."""
@@ -19,17 +21,18 @@ def group_advantages(rewards):
     centred = rewards - rewards.mean(1, keepdim=True)
     std = rewards.std(1, keepdim=True)
     equal = std <= 1e-6 * rewards.abs().amax(1, keepdim=True)  # the rounding error of the mean, not a difference
-    return torch.where(equal, 0.0, centred / torch.where(equal, 1.0, std))
+    return torch.where(equal, 0.0, centred / torch.where(equal | (kind == "mean"), 1.0, std))
 
 
-def clipped_objective(logp, logp_old, adv, clip_low=0.9, clip_high=1.2):
+def clipped_objective(logp, logp_old, adv, clip_low=0.9, clip_high=1.2, length=1):
     """Eq. 10 without its KL, to be maximised: the mean of min(r A, clip(r, clip_low, clip_high) A) -> Float, a scalar.
 
     Eq. 11: r = exp(logp - logp_old), logp Float[..., T] or [B] the transition log-probabilities, logp_old those of the
     policy that sampled (no gradient); adv broadcasts over the trailing dimensions it lacks. clip_low and clip_high bound
-    the ratio itself: 1 - e_low and 1 + e_high."""
+    the ratio itself: 1 - e_low and 1 + e_high. length: how many tokens a log-probability sums over; given, the ratio is that of
+    the mean token, r^(1 / length) (GSPO, arXiv 2507.18071, Eq. 7)."""
     adv = adv.reshape(adv.shape + (1,) * (logp.dim() - adv.dim()))
-    ratio = (logp - logp_old.detach()).exp()                                # Eq. 11
+    ratio = ((logp - logp_old.detach()) / length).exp()                     # Eq. 11
     return torch.min(ratio * adv, ratio.clamp(clip_low, clip_high) * adv).mean()
 
 

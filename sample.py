@@ -40,6 +40,7 @@ class Trajectory:
     order: torch.Tensor             # Long (B, N), the iteration at which each token was unmasked, 0..T-1
     threshold: torch.Tensor         # Float (B, T), min over the newly unmasked of their probability; inf if there are none
     sampled: torch.Tensor | None    # Long (T, B, N), the tokens drawn at every iteration; only Eq. 13 needs them
+    cut: torch.Tensor | None = None  # Float (B, T, 2), for "gumbel": the least noisy confidence that was unmasked, and where
 
     def state(self, t, K):
         """Y_t: Long (B, N), masked positions hold K."""
@@ -105,14 +106,15 @@ def _categorical(probs, u):
 
 
 @torch.no_grad()
-def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine", annealing="compound", keep_sampled=False, masked_only=False):
+def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine", annealing="compound", keep_sampled=False, keep_cut=False,
+            masked_only=False):
     """Sample B token sequences from all masked in T iterations -> Trajectory.
 
     generator: a torch.Generator on the policy's device, or a list of them, one per equal chunk of the rows (so that a
     group's samples depend on nothing but its own). temperature, annealing: of the Gumbel noise on the confidence, see
-    temperatures(). keep_sampled: also keep [T, B, N] sampled tokens, for Eq. 13. masked_only: the policy is called as
-    policy(codes, at), at Long[B, M] the masked positions, and returns their logits Float[B, M, K] alone; the samples are the
-    same. Raises ValueError when the chunks are unequal."""
+    temperatures(). keep_sampled: also keep [T, B, N] sampled tokens, for Eq. 13; keep_cut: the noisy cut-offs, for "gumbel".
+    masked_only: the policy is called as policy(codes, at), at Long[B, M] the masked positions, and returns their logits
+    Float[B, M, K] alone; the samples are the same. Raises ValueError when the chunks are unequal."""
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
     if B % len(generators):
         raise ValueError(f"rollout: {B} rows cannot be split evenly over {len(generators)} generators")
@@ -121,7 +123,7 @@ def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine"
     temps = temperatures(T, temperature, annealing)
     codes = torch.full((B, N), K, device=device)
     order = torch.full((B, N), T, device=device)
-    threshold, kept = [], []
+    threshold, kept, cut = [], [], []
     for t, M in enumerate([N] + stay[:-1]):                                                     # M positions are masked
         at = (order < T).long().argsort(dim=1, stable=True)[:, :M]                                  # (B, M)
         logits = policy(codes, at) if masked_only else policy(codes).gather(1, at[..., None].expand(-1, -1, K))
@@ -129,15 +131,30 @@ def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine"
         drawn = _categorical(probs, _uniform((B, M, 1), generators, device))
         conf = _at(probs, drawn)                                                                # cs_t
         gumbel = -(-_uniform((B, M), generators, device).log()).log()
-        new = choose_and_move(conf.clamp(min=1e-20).log(), torch.ones_like(conf, dtype=torch.bool), stay[t], temps[t], gumbel)  # Eq. 5
+        log_conf = conf.clamp(min=1e-20).log()
+        new = choose_and_move(log_conf, torch.ones_like(conf, dtype=torch.bool), stay[t], temps[t], gumbel)  # Eq. 5
+        if keep_cut:
+            least, i = (log_conf + temps[t] * gumbel).masked_fill(~new, math.inf).min(1)
+            cut.append(torch.stack([least, at.gather(1, i[:, None])[:, 0]], 1).float())
         if keep_sampled:
             kept.append(codes.scatter(1, at, drawn))
         codes, order = codes.scatter(1, at, torch.where(new, drawn, K)), order.scatter(1, at, torch.where(new, t, T))
         threshold.append(conf.masked_fill(~new, math.inf).amin(1))
-    return Trajectory(codes, order, torch.stack(threshold, 1), torch.stack(kept) if keep_sampled else None)
+    return Trajectory(codes, order, torch.stack(threshold, 1), torch.stack(kept) if keep_sampled else None, torch.stack(cut, 1) if keep_cut else None)
 
 
-def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sampled=None):
+def remask(codes, T, generators, schedule="cosine"):
+    """The forward process on finished tokens Long[B, N] -> a Trajectory to the same codes that unmasks in random order, with codes as
+    the tokens sampled at every iteration: under "ar" the action at each state is the final picture (UDM-GRPO, arXiv 2604.18518).
+    generators: a list, as for rollout()."""
+    B, N = codes.shape
+    stay = mask_schedule(N, T, schedule)
+    when = torch.arange(T).repeat_interleave(torch.cat([torch.tensor([N]), stay[:-1]]) - stay).to(codes.device)    # (N,)
+    place = _uniform((B, N), generators, codes.device).argsort(1)
+    return Trajectory(codes, torch.empty_like(codes).scatter(1, place, when.expand(B, N)), codes.new_zeros(B, T, dtype=torch.float32), codes.expand(T, B, N))
+
+
+def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sampled=None, cut=None, at_cut=None, noise=0.0):
     """log p_theta(s_{t+1} | s_t, a_t) -> Float[B], of the move that iteration t made; logits are those of state t.
 
     logits Float[B, N, K]; codes, order Long[B, N] as in Trajectory; t an int, or Long[B] where rows differ. All may be cut to
@@ -145,10 +162,15 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
     kind "p2": Eq. 15, the newly unmasked alone. "p1": Eq. 14, times the probability, at every re-masked position, of a
     token less likely than threshold (Float[B] or [B, T]; None = its value under these logits); a re-masked position whose
     tail mass is zero (or too small for a float) is left out of the product (value and gradient 0). "ar": Eq. 13, every masked
-    position with the token drawn there (sampled Long[B, N] or [T, B, N]). Sums are float32, float64 for float64 logits.
-    Raises ValueError for an unknown kind or "ar" without sampled."""
-    if kind not in ("p1", "p2", "ar") or (kind == "ar" and sampled is None):
-        raise ValueError(f"transition_log_prob: kind {kind!r} must be p1, p2 or ar, and ar needs sampled")
+    position with the token drawn there (sampled Long[B, N] or [T, B, N]).
+    kind "gumbel": the move under the sampler's own noise, given the least noisy confidence that was unmasked (cut Float[B]), its
+    position (at_cut Bool[B, N]) and the noise's temperature. With token k a position's confidence is log p_k + noise g, g standard
+    Gumbel, which stays under the cut with probability F_k = exp(-exp(-(cut - log p_k) / noise)). So a re-masked position
+    contributes sum_k p_k F_k, a newly unmasked one p_k (1 - F_k), the one at the cut p_k; where noise falls to 0, this becomes
+    Eq. 14. Where nothing is re-masked there is no cut, and the move is Eq. 15's. Sums are float32, float64 for float64 logits.
+    Raises ValueError for an unknown kind, "ar" without sampled, "gumbel" without cut and at_cut."""
+    if kind not in ("p1", "p2", "ar", "gumbel") or (kind == "ar" and sampled is None) or (kind == "gumbel" and (cut is None or at_cut is None)):
+        raise ValueError(f"transition_log_prob: kind {kind!r} must be p1, p2, ar or gumbel; ar needs sampled, gumbel cut and at_cut")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                            # (B, N, K)
     norm = logits.logsumexp(-1)  # and not log_softmax: no second (B, N, K) is kept for the backward pass
     rows = torch.arange(len(codes), device=codes.device)
@@ -163,6 +185,12 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
     log_p2 = torch.where(new, conf, 0).sum(1)                                                       # Eq. 15
     if kind == "p2":
         return log_p2
+    if kind == "gumbel":
+        mass = checkpoint(_noisy_tail, logits, norm, cut.to(norm.dtype), noise, use_reentrant=False)
+        above = (-torch.expm1(-_under(conf, cut[:, None].to(norm.dtype), noise))).log()             # log (1 - F)
+        log_p2 = log_p2 + torch.where(new & ~at_cut & remasked.any(1, keepdim=True), above, 0).sum(1)
+        counts = remasked & (mass > torch.finfo(mass.dtype).tiny)
+        return log_p2 + torch.where(counts, mass, 1).log().sum(1)
     if threshold is None:
         threshold = conf.detach().exp().masked_fill(~new, math.inf).amin(1)
     elif threshold.dim() == 2:
@@ -175,6 +203,16 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
 def _tail(logits, norm, threshold):
     p = (logits - norm[..., None]).exp()
     return torch.where(p < threshold[:, None, None], p, 0).sum(-1)
+
+
+def _under(log_p, cut, noise):
+    """-log F of a confidence log_p + noise * Gumbel that stays under cut."""
+    return ((log_p - cut) / max(noise, 1e-6)).clamp(-80, 80).exp()
+
+
+def _noisy_tail(logits, norm, cut, noise):
+    log_p = logits - norm[..., None]
+    return (log_p.exp() * (-_under(log_p, cut[:, None, None], noise)).exp()).sum(-1)
 
 
 def _at(logp, tokens):

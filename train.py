@@ -36,8 +36,8 @@ from eval_geneval import is_geneval, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
 from model import InputError, Prompt, load_showo, to_uint8
 from reward import make_reward
-from sample import (Parser, Trajectory, barrier, generate, grid, half_or_float, in_range, load_models, mask_schedule, peak_gib, read_prompts, rollout, run,
-                    setup, transition_log_prob)
+from sample import (Parser, Trajectory, barrier, generate, grid, half_or_float, in_range, load_models, mask_schedule, peak_gib, read_prompts, remask,
+                    rollout, run, setup, temperatures, transition_log_prob)
 
 PRESETS = {
     "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, eval_unmask_steps=50, eval_guidance=5.0,
@@ -66,7 +66,12 @@ def parse_args():
     g.add_argument("--group-size", type=in_range(int, 2, 4096), help="G, pictures per prompt")
     g.add_argument("--prompts-per-step", type=in_range(int, 1), help="prompts per optimizer step and process")
     g.add_argument("--unmask-steps", type=in_range(int, 1), help="T while training (fewer = the paper's unmasking reduction)")
-    g.add_argument("--transition", choices=["p1", "p2", "ar"], default="p2", help="Eq. 14, 15 or 13")
+    g.add_argument("--transition", choices=["p1", "p2", "ar", "gumbel"], default="p2",
+                   help="Eq. 14, 15 or 13; gumbel: Eq. 14 under the sampler's own noise")
+    g.add_argument("--trajectory", choices=["rollout", "forward"], default="rollout", help="forward: states are random re-maskings of the final "
+                   "picture, the action at each is that picture (UDM-GRPO); --transition has no effect")
+    g.add_argument("--adv", choices=["std", "mean"], default="std", help="Eq. 12; mean: not divided by the standard deviation (Dr. GRPO)")
+    g.add_argument("--ratio", choices=["sum", "mean"], default="sum", help="Eq. 11; mean: of the mean token of an iteration (GSPO)")
     g.add_argument("--clip-low", type=in_range(float, 0, 1), default=0.9, help="lower bound of the ratio, 1 - e_low")
     g.add_argument("--clip-high", type=in_range(float, 1), default=1.2, help="upper bound of the ratio, 1 + e_high")
     g.add_argument("--no-kl", action="store_true", help="beta = 0: no reference model in memory")
@@ -76,7 +81,8 @@ def parse_args():
     g.add_argument("--filter-warmup", type=in_range(int, 1), help="groups to see before the filter acts")
     g.add_argument("--max-resample", type=in_range(int, 1, 100), default=1, help="times a group is sampled again at most")
     g.add_argument("--loss-steps", type=in_range(int, 1), help="computational reduction: iterations in the loss (default: all)")
-    g.add_argument("--loss-steps-from", choices=["first", "last", "random"], default="first")
+    g.add_argument("--loss-steps-from", choices=["first", "last", "random", "critical"], default="first",
+                   help="which; critical: those at which the predicted picture changes most (MaskFocus)")
     g.add_argument("--inner-epochs", type=in_range(int, 1, 100), default=1, help="optimizer steps on the same rollouts")
     g.add_argument("--temperature", type=in_range(float, 0), default=1.0, help="of the Gumbel noise in choose-and-move")
     g = p.add_argument_group("optimizer")
@@ -187,14 +193,20 @@ class Batch:
     rewards: torch.Tensor           # Float (P, G)
     log: dict                       # parts of the reward, Float (P, G) each
     resampled: int = 0              # groups sampled again
+    change: torch.Tensor | None = None  # Float (T,), see picture_change()
+
+
+def keeps(args) -> dict:
+    """What a rollout must keep for the loss."""
+    return dict(keep_sampled=args.transition == "ar" or args.loss_steps_from == "critical", keep_cut=args.transition == "gumbel")
 
 
 def empty_batch(lines, showo, args):
     """A Batch of the right shapes, to be filled."""
     P, G, T, device = len(lines), args.group_size, args.unmask_steps, showo.device
     long = lambda *shape: torch.zeros(*shape, showo.N, dtype=torch.long, device=device)  # noqa: E731
-    traj = Trajectory(long(P * G), long(P * G), torch.zeros(P * G, T, device=device),
-                      long(T, P * G) if args.transition == "ar" else None)
+    traj = Trajectory(long(P * G), long(P * G), torch.zeros(P * G, T, device=device), long(T, P * G) if keeps(args)["keep_sampled"] else None,
+                      torch.zeros(P * G, T, 2, device=device) if keeps(args)["keep_cut"] else None)
     texts = [line["prompt"] for line in lines]
     return Batch(texts, showo.encode(texts).repeat(G), traj, torch.zeros(P, G), {})
 
@@ -217,8 +229,8 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> B
                     prompt = showo.prefill(batch.prompt[at_rows])
                     traj = rollout(policy_of(showo, prompt, G), len(at_rows), showo.N, showo.K, args.unmask_steps,
                                    generator=[generator(device, args.seed, step, first + i, attempt) for i in some],
-                                   temperature=args.temperature, keep_sampled=args.transition == "ar", masked_only=True)
-                    for name in ("codes", "order", "threshold"):
+                                   temperature=args.temperature, masked_only=True, **keeps(args))
+                    for name in ("codes", "order", "threshold", *(["cut"] if traj.cut is not None else [])):
                         getattr(batch.traj, name)[at_rows] = getattr(traj, name)
                     if traj.sampled is not None:
                         batch.traj.sampled[:, at_rows] = traj.sampled
@@ -237,7 +249,20 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> B
             break
         pending = rejected[first:first + P]
         batch.resampled += int(pending.sum())
+    if args.loss_steps_from == "critical":
+        with clock("decode"), torch.no_grad():
+            batch.change = picture_change(batch.traj, magvit, G)
+    if args.trajectory == "forward":
+        batch.traj = remask(batch.traj.codes, args.unmask_steps, [generator(device, args.seed, step, first + i, "forward") for i in range(P)])
     return batch
+
+
+def picture_change(traj, magvit, G):
+    """By how much each iteration changes the picture that is predicted: mean absolute difference of pixels, summed over the first
+    pictures of all groups -> Float[T]. What MaskFocus (arXiv 2512.18766) ranks iterations by is taken in this plainest form."""
+    predicted = magvit.decode(traj.sampled[:, ::G].flatten(0, 1)).unflatten(0, (len(traj.sampled), -1))     # (T, P, 3, H, W)
+    change = predicted.diff(dim=0).abs().mean((2, 3, 4)).sum(1)
+    return all_sum(torch.nn.functional.pad(change, (0, 1)))     # after the last iteration nothing is predicted
 
 
 def policy_of(showo, prompt, G):
@@ -255,20 +280,23 @@ def first_rows(row):
     return torch.full_like(values, len(row)).scatter_reduce(0, of, torch.arange(len(row), device=row.device), "amin"), of
 
 
-def loss_iterations(step, args):
-    """The iterations Eq. 10 sums over: all T, or a subset (Sec. 3.3, computational reduction)."""
+def loss_iterations(step, args, change=None):
+    """The iterations Eq. 10 sums over: all T, or a subset (Sec. 3.3, computational reduction). change: of picture_change()."""
     T, k = args.unmask_steps, args.loss_steps or args.unmask_steps
+    if change is not None:
+        return sorted(change.topk(k).indices.tolist())
     if args.loss_steps_from == "random":
         return sorted(random.Random(repr((args.seed, step, "iterations"))).sample(range(T), k))
-    return list(range(k) if args.loss_steps_from == "first" else range(T - k, T))
+    return list(range(T - k, T) if args.loss_steps_from == "last" else range(k))
 
 
 def update(step, batch, args, showo, reference, optimizer) -> dict:
     """Climb Eq. 10 on one batch of rollouts, --inner-epochs times; gradients are those of the mean over the groups of all
     processes -> numbers for the log. reference: a frozen Showo, None = no KL. When a reward, log-probability or gradient of any
     process is not finite, none takes that step, nor another one on these rollouts."""
-    iterations, device = loss_iterations(step, args), batch.traj.codes.device
-    adv = group_advantages(batch.rewards).flatten().to(device)                                  # (B,)  Eq. 12
+    iterations, device = loss_iterations(step, args, batch.change), batch.traj.codes.device
+    kind = "ar" if args.trajectory == "forward" else args.transition
+    adv = group_advantages(batch.rewards, args.adv).flatten().to(device)                        # (B,)  Eq. 12
     used = torch.arange(len(adv), device=device) if reference else adv.nonzero()[:, 0]          # the rest has no gradient
     B = all_sum(torch.tensor(float(len(adv)), device=device)).item()                            # pictures of all processes
     logp_old = torch.zeros(args.unmask_steps, len(adv), device=device)
@@ -286,8 +314,9 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                         prompt_ref = reference.prefill(batch.prompt[rows])
                 for t in iterations:
                     first, last = ends[t - 1] if t else 0, ends[t]
-                    at = place[rows, first:max(last, first + 1) if args.transition == "p2" else None]  # only these enter the loss
-                    move = move_at(batch.traj, rows, at, t, args.transition)
+                    at = place[rows, first:max(last, first + 1) if kind == "p2" else None]  # only these enter the loss
+                    move = move_at(batch.traj, rows, at, t, kind, args)
+                    length = at.shape[1] if args.ratio == "mean" else 1
                     state = batch.traj.state(t, showo.K)[rows]                                  # Y_t
                     if t == 0:                                                                  # a group starts from one state
                         one, of = first_rows(prompt.row)
@@ -299,7 +328,7 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                     if epoch == 0:
                         logp_old[t, rows] = logp.detach()                                       # on policy: the ratio is 1
                     share = len(rows) / (B * len(iterations))                                   # Eq. 10 is a mean
-                    loss = -share * clipped_objective(logp, logp_old[t, rows], adv[rows], args.clip_low, args.clip_high)
+                    loss = -share * clipped_objective(logp, logp_old[t, rows], adv[rows], args.clip_low, args.clip_high, length)
                     kl = torch.zeros((), device=device)
                     if reference:
                         with torch.no_grad():
@@ -309,7 +338,7 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                     faulty[rows] |= odd | (~loss.detach().isfinite() & ~odd.any())             # one, or any of these rows
                     with torch.autocast(device.type, enabled=False):  # backward in the precision of each forward op
                         loss.backward()
-                    stats.append(move_stats(logp, logp_old[t, rows], logits[:, :last - first], kl, args))
+                    stats.append(move_stats((logp - logp_old[t, rows]) / length, logits[:, :last - first], kl, args))
                 with torch.autocast(device.type, enabled=False):
                     prompt.cache.backward()
         params = sum_gradients(showo)
@@ -332,24 +361,25 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
             "approx_kl": off / n, "clip_fraction": clipped / n, "kl_ref": kl / n, "entropy": entropy / max(n_new, 1)}
 
 
-def move_at(traj, rows, at, t, kind) -> dict:
+def move_at(traj, rows, at, t, kind, args) -> dict:
     """What transition_log_prob takes beside logits, of these rows, at the positions at Long[b, M]."""
+    noisy = {} if kind != "gumbel" else dict(cut=traj.cut[rows, t, 0], at_cut=at == traj.cut[rows, t, 1:],
+                                             noise=temperatures(args.unmask_steps, args.temperature)[t])
     pick = lambda x: x[rows].gather(1, at)  # noqa: E731
     return dict(codes=pick(traj.codes), order=pick(traj.order), t=t, kind=kind, threshold=traj.threshold[rows],
-                sampled=None if traj.sampled is None else pick(traj.sampled[t]))
+                sampled=None if kind != "ar" else pick(traj.sampled[t]), **noisy)
 
 
 @torch.no_grad()
-def move_stats(logp, logp_old, logits, kl, args):
+def move_stats(log_ratio, logits, kl, args):
     """Sums over the rows of one pass: rows, ratio, k3 of the old against the new policy, clipped, KL to the reference,
     entropy at the newly unmasked positions, whose logits (b, n, K) are given, how many of these; and the largest ratio."""
-    log_ratio = logp - logp_old
     ratio = log_ratio.exp()
     p = torch.log_softmax(logits.float(), -1)
-    sums = [torch.tensor(float(len(logp))), ratio.sum(), (log_ratio.expm1() - log_ratio).sum(),
-            ((ratio < args.clip_low) | (ratio > args.clip_high)).sum(), kl * len(logp), -(p.exp() * p).sum(),
+    sums = [torch.tensor(float(len(ratio))), ratio.sum(), (log_ratio.expm1() - log_ratio).sum(),
+            ((ratio < args.clip_low) | (ratio > args.clip_high)).sum(), kl * len(ratio), -(p.exp() * p).sum(),
             torch.tensor(float(logits.shape[0] * logits.shape[1])), ratio.amax()]
-    return torch.stack([x.float().to(logp.device, non_blocking=True) for x in sums])
+    return torch.stack([x.float().to(ratio.device, non_blocking=True) for x in sums])
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

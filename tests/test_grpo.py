@@ -22,6 +22,19 @@ def test_advantages():
             group_advantages(bad)
 
 
+def test_advantages_without_division():
+    rewards = torch.tensor([[1.0, 2, 3, 6], [5, 5, 5, 5], [0.1, 0.1, 0.1, 0.1]])
+    torch.testing.assert_close(group_advantages(rewards, "mean"), torch.tensor([[-2.0, -1, 0, 3], [0, 0, 0, 0], [0, 0, 0, 0]]))
+
+
+def test_the_ratio_of_the_mean_token():
+    logp = torch.tensor([0.4, -0.8], dtype=torch.float64, requires_grad=True)
+    value = clipped_objective(logp, torch.zeros(2), torch.tensor([1.0, 1.0]), 0.7, 1.2, length=4)
+    assert value.item() == pytest.approx((math.exp(0.1) + math.exp(-0.2)) / 2)
+    value.backward()
+    assert logp.grad.tolist() == pytest.approx([math.exp(0.1) / 8, math.exp(-0.2) / 8])
+
+
 def slow_objective(logp, old, ref, adv, low, high, beta):
     """Eq. 10 for logp[j][t] as Python floats."""
     total = 0.0

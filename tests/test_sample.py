@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from model import InputError
-from sample import _categorical, choose_and_move, generate, grid, main, mask_schedule, read_prompts, rollout, temperatures, transition_log_prob
+from sample import _categorical, choose_and_move, generate, grid, main, mask_schedule, read_prompts, remask, rollout, temperatures, transition_log_prob
 
 
 def test_schedule_and_temperature_are_the_official_ones():
@@ -307,3 +307,64 @@ def test_prompt_files(tmp_path):
     (tmp_path / "f.txt").write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(InputError, match="UTF-8"):
         read_prompts(tmp_path / "f.txt")
+
+
+def test_the_noisy_transition_is_that_of_sampled_moves():
+    """Frequencies of 400,000 draws of token and noise at every position, given a cut, against "gumbel"."""
+    g, noise, draws = torch.Generator().manual_seed(0), 0.6, 400_000
+    logits = torch.randn(1, 4, 5, generator=g, dtype=torch.float64)
+    p = logits.softmax(-1)[0]
+    codes, order, cut = torch.tensor([[2, 0, 5, 5]]), torch.tensor([[0, 0, 1, 1]]), torch.tensor([-1.1])
+    token = torch.stack([torch.multinomial(p[i], draws, True, generator=g) for i in range(4)], 1)
+    confidence = p.log()[torch.arange(4), token] - noise * (-torch.rand(draws, 4, generator=g, dtype=torch.float64).log()).log()
+    kept = ((token[:, 1] == 0) & (confidence[:, 1] > cut)).double().mean()
+    under = (confidence[:, 2:] < cut).double().mean(0)
+    at_cut = torch.tensor([[True, False, False, False]])
+    ours = transition_log_prob(logits, codes, order, 0, "gumbel", cut=cut, at_cut=at_cut, noise=noise)
+    sampled = p[0, 2].log() + kept.log() + under.log().sum()
+    error = sum(((1 - f) / f / draws) ** 0.5 for f in (kept, *under))
+    assert abs(ours - sampled) < 3 * error and error < 0.02
+    assert (ours - transition_log_prob(logits, codes, order, 0, "p2")).abs() > 0.3      # what it is not
+
+
+def test_the_noisy_transition_becomes_eq_14_without_noise():
+    logits = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    codes = torch.randint(8, (3, 6), generator=torch.Generator().manual_seed(2))
+    order = torch.tensor([[0, 1, 1, 2, 2, 3]]).expand(3, 6)
+    conf = logits.detach().log_softmax(-1).gather(-1, codes[..., None])[..., 0]
+    least, i = conf.masked_fill(order != 1, 9).min(1)
+    at_cut = torch.arange(6) == i[:, None]
+    gradients = []
+    for kind, extra in (("p1", {}), ("gumbel", dict(cut=least, at_cut=at_cut, noise=1e-5))):
+        value = transition_log_prob(logits, codes, order, 1, kind, **extra)
+        gradients.append((value, *torch.autograd.grad(value.sum(), logits)))
+    torch.testing.assert_close(gradients[0], gradients[1])
+    last = transition_log_prob(logits, codes, order, 3, "gumbel", cut=least, at_cut=at_cut, noise=0.0)
+    assert torch.equal(last, transition_log_prob(logits, codes, order, 3, "p2"))        # nothing is re-masked
+    far = transition_log_prob(logits * 300, codes, order, 1, "gumbel", cut=least, at_cut=at_cut, noise=1e-3)
+    assert far.isfinite().all() and torch.autograd.grad(far.sum(), logits)[0].isfinite().all()
+
+
+def test_cuts_are_those_of_the_moves():
+    policy = lambda codes: torch.randn(5, 12, 7, generator=torch.Generator().manual_seed(int((codes < 7).sum())))  # noqa: E731
+    kept, plain = (rollout(policy, 5, 12, 7, 6, generator=torch.Generator().manual_seed(3), keep_cut=keep) for keep in (True, False))
+    assert torch.equal(kept.codes, plain.codes) and plain.cut is None and kept.cut.shape == (5, 6, 2)
+    for t in range(6):
+        assert (kept.order.gather(1, kept.cut[:, t, 1:].long()) == t).all()
+    conf = policy(torch.full((5, 12), 7)).log_softmax(-1).gather(-1, kept.codes[..., None])[..., 0]
+    quiet = rollout(policy, 5, 12, 7, 6, generator=torch.Generator().manual_seed(3), keep_cut=True, temperature=0.0)
+    torch.testing.assert_close(quiet.cut[:, 0, 0].float(), quiet.threshold[:, 0].log())
+    assert conf.shape == (5, 12)
+
+
+def test_remasking_is_uniform_and_ends_at_the_same_codes():
+    codes = torch.arange(8).repeat(3000, 1)
+    traj = remask(codes, 4, [torch.Generator().manual_seed(i) for i in range(3)])
+    stay = mask_schedule(8, 4)
+    for t in range(4):
+        masked = traj.state(t + 1, 99) == 99
+        assert (masked.sum(1) == stay[t]).all() and torch.equal(traj.state(4, 99), codes)
+        assert (masked.double().mean(0) - stay[t] / 8).abs().max() < 0.05
+    assert torch.equal(traj.sampled, codes.expand(4, -1, -1))
+    again = remask(codes[:1000], 4, [torch.Generator().manual_seed(0)])
+    assert torch.equal(again.order, traj.order[:1000])                                  # a group's depends on its own generator

@@ -12,7 +12,7 @@ from conftest import ROOT
 import checkpoint
 import train
 from model import load_showo
-from sample import rollout, run
+from sample import remask, rollout, run, temperatures
 
 TINY = "--model shapes --no-kl --steps 2 --prompts-per-step 3 --group-size 4 --unmask-steps 4 --eval-every 0 --sample-every 0".split()
 TIMES = re.compile("^s_|images_per_s|peak_gib")
@@ -67,6 +67,10 @@ def test_resume_is_exact_and_repeats_nothing(monkeypatch, tmp_path):
     (["--transition", "ar"], lambda r: r["ratio_mean"] == 1 and r["grad_norm"] > 0),
     (["--loss-steps", 2, "--loss-steps-from", "random"], lambda r: r["grad_norm"] > 0),
     (["--unmask-steps", 20], lambda r: r["ratio_mean"] == 1 and r["grad_norm"] > 0),       # more iterations than tokens
+    (["--transition", "gumbel"], lambda r: r["ratio_mean"] == 1 and r["grad_norm"] > 0),
+    (["--trajectory", "forward", "--loss-steps", 2], lambda r: r["ratio_mean"] == 1 and r["grad_norm"] > 0),
+    (["--loss-steps", 2, "--loss-steps-from", "critical"], lambda r: r["grad_norm"] > 0),
+    (["--adv", "mean", "--ratio", "mean", "--inner-epochs", 2], lambda r: 0 < r["approx_kl"] < 0.1),
     (["--dtype", "bf16"], lambda r: r["ratio_mean"] == 1 and r["grad_norm"] > 0)])
 def test_variants_run(monkeypatch, tmp_path, flags, check):
     call(monkeypatch, "--out", tmp_path / "run", "--prompts-per-step", 8, *flags)
@@ -92,31 +96,41 @@ def test_loss_iterations():
     assert (share - 3 / 8).abs().max() < 0.09            # every iteration as often: an unbiased estimate
 
 
+def arguments(**changes):
+    """Flags for the parts of train.py."""
+    flags = dict(train.PRESETS["shapes"], group_size=4, unmask_steps=4, transition="p2", trajectory="rollout", adv="std", ratio="sum", inner_epochs=1,
+                 loss_steps=None, loss_steps_from="first", micro_batch=5, clip_low=0.9, clip_high=1.2, max_grad_norm=0, kl_beta=0.0, temperature=1.0, seed=0)
+    return type("Args", (), flags | changes)
+
+
 def batch_of_rollouts(showo, args, seed=0):
     lines = train.shapes.prompts("train", 4)
     batch = train.empty_batch(lines, showo, args)
-    batch.traj = rollout(lambda c: showo.logits(c, batch.prompt), 16, showo.N, showo.K, args.unmask_steps, keep_sampled=True,
+    batch.traj = rollout(lambda c: showo.logits(c, batch.prompt), 16, showo.N, showo.K, args.unmask_steps, keep_sampled=True, keep_cut=True,
                          generator=torch.Generator().manual_seed(seed))
     batch.rewards = torch.rand(4, 4, generator=torch.Generator().manual_seed(seed))
     return batch
 
 
-@pytest.mark.parametrize("transition", ["p1", "p2", "ar"])
+@pytest.mark.parametrize("transition", ["p1", "p2", "ar", "gumbel", "forward"])
 def test_update_is_the_gradient_of_equation_10(base, transition):
     """Micro-batches over rows and iterations against Eq. 10 written in one expression."""
     from grpo import clipped_objective, group_advantages
     from sample import transition_log_prob
     showo = load_showo("shapes")
-    args = type("Args", (), dict(train.PRESETS["shapes"], group_size=4, unmask_steps=4, transition=transition, inner_epochs=1, loss_steps=None,
-                                 loss_steps_from="first", micro_batch=5, clip_low=0.9, clip_high=1.2, max_grad_norm=0, kl_beta=0.0, seed=0))
+    args = arguments(transition=transition if transition != "forward" else "p1", trajectory="forward" if transition == "forward" else "rollout")
     batch = batch_of_rollouts(showo, args)
+    if transition == "forward":
+        batch.traj, transition = remask(batch.traj.codes, 4, [torch.Generator().manual_seed(0)]), "ar"
     taken = []
     optimizer = torch.optim.SGD(showo.parameters(), lr=0.0)
     optimizer.step = lambda: taken.append(torch.cat([p.grad.flatten() for p in showo.parameters()]))
     train.update(0, batch, args, showo, None, optimizer)
     traj = batch.traj
+    noisy = lambda traj, t, kind: dict(cut=traj.cut[:, t, 0], at_cut=torch.arange(showo.N) == traj.cut[:, t, 1:],  # noqa: E731
+                                       noise=temperatures(4)[t]) if kind == "gumbel" else {}
     logp = torch.stack([transition_log_prob(showo.logits(traj.state(t, showo.K), batch.prompt), traj.codes, traj.order, t, transition,
-                                            threshold=traj.threshold, sampled=traj.sampled) for t in range(4)], 1)
+                                            threshold=traj.threshold, sampled=traj.sampled, **noisy(traj, t, transition)) for t in range(4)], 1)
     (-clipped_objective(logp, logp.detach(), group_advantages(batch.rewards).flatten())).backward()
     wanted = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in showo.parameters()])
     assert (taken[0] - wanted).norm() < 1e-5 * wanted.norm() and wanted.norm() > 0
@@ -124,8 +138,7 @@ def test_update_is_the_gradient_of_equation_10(base, transition):
 
 @pytest.mark.parametrize("how", ["grad_checkpoint", "bf16"])
 def test_cheaper_updates_have_the_same_gradient(base, how):
-    args = type("Args", (), dict(train.PRESETS["shapes"], group_size=4, unmask_steps=4, transition="p2", inner_epochs=1, loss_steps=None,
-                                 loss_steps_from="first", micro_batch=5, clip_low=0.9, clip_high=1.2, max_grad_norm=0, kl_beta=0.1, seed=0))
+    args = arguments(kl_beta=0.1)
     taken, layers = [], []
     for cheap in (False, True):
         showo, reference = load_showo("shapes"), load_showo("shapes").requires_grad_(False)
@@ -141,8 +154,20 @@ def test_cheaper_updates_have_the_same_gradient(base, how):
     assert how == "bf16" or layers.count(True) > 1.5 * layers.count(False)          # layers did run again
 
 
+def test_critical_iterations_are_those_that_change_the_prediction_most(base):
+    showo, magvit = base
+    args = arguments(loss_steps=2, loss_steps_from="critical")
+    traj = batch_of_rollouts(showo, args).traj
+    traj.sampled = traj.sampled[:1].repeat(4, 1, 1)
+    traj.sampled[2:, 0] = (traj.sampled[0, 0] + 7) % showo.K          # another picture from iteration 2 on, after the move of iteration 1
+    traj.sampled[3, 4, :3] = (traj.sampled[0, 4, :3] + 7) % showo.K
+    change = train.picture_change(traj, magvit, 4)
+    assert change[0] == change[3] == 0 and change[1] > change[2] > 0
+    assert train.loss_iterations(0, args, change) == [1, 2]
+
+
 def test_only_groups_under_the_bar_are_sampled_again(monkeypatch, base):
-    args = type("Args", (), dict(train.PRESETS["shapes"], group_size=4, unmask_steps=4, transition="p2", max_resample=2, temperature=1.0, seed=0))
+    args = arguments(max_resample=2)
     lines = train.shapes.prompts("train", 4)
     stds = iter([[0.0, 1, 1, 0.0], [1, 0.0], [0.0]])        # per attempt, of the groups sampled in it
 
