@@ -80,6 +80,15 @@ def test_two_processes_take_the_step_of_one_with_twice_the_prompts(two, tmp_path
     assert checkpoint.read_rows(tmp_path / "one/eval.jsonl")[0] == checkpoint.read_rows(two / "two/eval.jsonl")[0]
 
 
+def test_two_processes_resume_bit_by_bit(two):
+    assert metrics(two / "two-then-two") == metrics(two / "two")
+    a, b = (weights(two / f"{run}/checkpoint-2") for run in ("two", "two-then-two"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for kind in ("step", "exp_avg", "exp_avg_sq"):
+        a, b = (moments(two / f"{run}/checkpoint-2", kind) for run in ("two", "two-then-two"))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_shards_take_the_same_step_and_leave_the_same_files(two):
     for a, b in zip(torch.load(two / "two.pt"), torch.load(two / "fsdp.pt"), strict=True):
         assert (a - b).norm() <= 1e-5 * a.norm() and a.norm() > 0

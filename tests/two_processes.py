@@ -54,6 +54,8 @@ def copy(name, other, *without):
 torch.optim.AdamW = AdamW
 call("two", "--save-every", 1)
 call("fsdp", "--save-every", 1, "--fsdp")
+copy("two", "two-then-two", "checkpoint-2")
+call("two-then-two", "--resume")
 copy("two", "two-then-fsdp", "checkpoint-2")
 call("two-then-fsdp", "--resume", "--fsdp")
 copy("fsdp", "fsdp-then-two", "checkpoint-2")
