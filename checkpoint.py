@@ -175,7 +175,7 @@ def first_line(error) -> str:
 
 # ------------------------------------------------------------------------------------------- the folder of a run
 
-SAME = ("model", "group_size", "unmask_steps", "transition", "inner_epochs", "no_kl", "seed")
+SAME = ("model", "group_size", "unmask_steps", "transition", "trajectory", "inner_epochs", "no_kl", "seed")
 FREE = ("out", "resume", "wandb", "prompts_per_step", "eval_every", "sample_every", "save_every", "keep_last", "check_every")  # may change unsaid
 ALARMS = {"ratio_max": 10.0, "approx_kl": 0.5, "kl_ref": 10.0}  # above it, the policy has left what sampled, or the reference, far behind
 
@@ -320,8 +320,8 @@ def differences(resumed, args, world):
     elif resumed["world"] != world:
         yield f"notice: {world} processes, they were {resumed['world']}: the same prompts and noise, but for the last digits of sums"
     for name, value in vars(args).items():
-        if name not in FREE and saved.get(name) != value:
-            yield f"notice: --{name.replace('_', '-')} is {value}, it was {saved.get(name)}"
+        if name not in FREE and name in saved and saved[name] != value:
+            yield f"notice: --{name.replace('_', '-')} is {value}, it was {saved[name]}"
 
 
 class Stop:
@@ -396,11 +396,14 @@ def read_rows(path) -> list[dict]:
 
 
 def rewind(out, step):
-    """What came after a step is computed again: set its checkpoints aside, then its rows."""
+    """What came after a step is computed again: set its checkpoints aside, then its grids, then its rows."""
     stamp = f"before-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     for folder in checkpoints(out):
         if step_of(folder) > step:
             folder.rename(folder.with_name(f"{folder.name}.{stamp}"))
+    for picture in (out / "samples").glob("step-*.png"):
+        if picture.stem[5:].isdigit() and int(picture.stem[5:]) > step:
+            picture.rename(picture.with_name(f"{picture.name}.{stamp}"))
     for name in ("metrics.jsonl", "eval.jsonl"):
         rows = read_rows(out / name)
         if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):

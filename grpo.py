@@ -16,8 +16,8 @@ def group_advantages(rewards, kind="std"):
 
     The standard deviation is the sample's (divided by G - 1). A group whose rewards are all equal teaches nothing: its
     advantages are 0. Raises ValueError when G < 2."""
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"group_advantages: rewards of shape {list(rewards.shape)}, wanted [P, G] with G of at least 2")
+    if rewards.dim() != 2 or rewards.shape[1] < 2 or kind not in ("std", "mean"):
+        raise ValueError(f"group_advantages: rewards of shape {list(rewards.shape)}, wanted [P, G] with G of at least 2; kind {kind!r}, wanted std or mean")
     centred = rewards - rewards.mean(1, keepdim=True)
     std = rewards.std(1, keepdim=True)
     equal = std <= 1e-6 * rewards.abs().amax(1, keepdim=True)  # the rounding error of the mean, not a difference
@@ -32,7 +32,7 @@ def clipped_objective(logp, logp_old, adv, clip_low=0.9, clip_high=1.2, length=1
     the ratio itself: 1 - e_low and 1 + e_high. length: how many tokens a log-probability sums over; given, the ratio is that of
     the mean token, r^(1 / length) (GSPO, arXiv 2507.18071, Eq. 7)."""
     adv = adv.reshape(adv.shape + (1,) * (logp.dim() - adv.dim()))
-    ratio = ((logp - logp_old.detach()) / length).exp()                     # Eq. 11
+    ratio = ((logp - logp_old.detach()) / length).clamp(max=60).exp()       # Eq. 11; of an infinite one the clipped branch's gradient is NaN
     return torch.min(ratio * adv, ratio.clamp(clip_low, clip_high) * adv).mean()
 
 
@@ -40,7 +40,7 @@ def kl_k3(logp, logp_ref):
     """Mean of the k3 estimator of KL(pi_theta || pi_ref), exp(d) - d - 1 with d = logp_ref - logp -> Float, a scalar >= 0.
 
     Its gradient flows through logp. Source: J. Schulman, "Approximating KL divergence" (2020); used by GRPO."""
-    d = logp_ref.detach() - logp
+    d = (logp_ref.detach() - logp).clamp(max=60)
     return (d.expm1() - d).mean()
 
 

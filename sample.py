@@ -41,6 +41,7 @@ class Trajectory:
     threshold: torch.Tensor         # Float (B, T), min over the newly unmasked of their probability; inf if there are none
     sampled: torch.Tensor | None    # Long (T, B, N), the tokens drawn at every iteration; only Eq. 13 needs them
     cut: torch.Tensor | None = None  # Float (B, T, 2), for "gumbel": the least noisy confidence that was unmasked, and where
+    predicted: torch.Tensor | None = None  # Long (T, B, N), at every iteration the codes so far and the likeliest elsewhere
 
     def state(self, t, K):
         """Y_t: Long (B, N), masked positions hold K."""
@@ -107,12 +108,12 @@ def _categorical(probs, u):
 
 @torch.no_grad()
 def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine", annealing="compound", keep_sampled=False, keep_cut=False,
-            masked_only=False):
+            keep_predicted=False, masked_only=False):
     """Sample B token sequences from all masked in T iterations -> Trajectory.
 
     generator: a torch.Generator on the policy's device, or a list of them, one per equal chunk of the rows (so that a
     group's samples depend on nothing but its own). temperature, annealing: of the Gumbel noise on the confidence, see
-    temperatures(). keep_sampled: also keep [T, B, N] sampled tokens, for Eq. 13; keep_cut: the noisy cut-offs, for "gumbel".
+    temperatures(). keep_sampled: also keep [T, B, N] sampled tokens, for Eq. 13; keep_cut, keep_predicted: see Trajectory.
     masked_only: the policy is called as policy(codes, at), at Long[B, M] the masked positions, and returns their logits
     Float[B, M, K] alone; the samples are the same. Raises ValueError when the chunks are unequal."""
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
@@ -123,7 +124,7 @@ def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine"
     temps = temperatures(T, temperature, annealing)
     codes = torch.full((B, N), K, device=device)
     order = torch.full((B, N), T, device=device)
-    threshold, kept, cut = [], [], []
+    threshold, kept, cut, predicted = [], [], [], []
     for t, M in enumerate([N] + stay[:-1]):                                                     # M positions are masked
         at = (order < T).long().argsort(dim=1, stable=True)[:, :M]                                  # (B, M)
         logits = policy(codes, at) if masked_only else policy(codes).gather(1, at[..., None].expand(-1, -1, K))
@@ -138,9 +139,12 @@ def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine"
             cut.append(torch.stack([least, at.gather(1, i[:, None])[:, 0]], 1).float())
         if keep_sampled:
             kept.append(codes.scatter(1, at, drawn))
+        if keep_predicted:
+            predicted.append(codes.scatter(1, at, probs.argmax(-1)))
         codes, order = codes.scatter(1, at, torch.where(new, drawn, K)), order.scatter(1, at, torch.where(new, t, T))
         threshold.append(conf.masked_fill(~new, math.inf).amin(1))
-    return Trajectory(codes, order, torch.stack(threshold, 1), torch.stack(kept) if keep_sampled else None, torch.stack(cut, 1) if keep_cut else None)
+    return Trajectory(codes, order, torch.stack(threshold, 1), torch.stack(kept) if keep_sampled else None, torch.stack(cut, 1) if keep_cut else None,
+                      torch.stack(predicted) if keep_predicted else None)
 
 
 def remask(codes, T, generators, schedule="cosine"):
@@ -166,8 +170,9 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
     kind "gumbel": the move under the sampler's own noise, given the least noisy confidence that was unmasked (cut Float[B]), its
     position (at_cut Bool[B, N]) and the noise's temperature. With token k a position's confidence is log p_k + noise g, g standard
     Gumbel, which stays under the cut with probability F_k = exp(-exp(-(cut - log p_k) / noise)). So a re-masked position
-    contributes sum_k p_k F_k, a newly unmasked one p_k (1 - F_k), the one at the cut p_k; where noise falls to 0, this becomes
-    Eq. 14. Where nothing is re-masked there is no cut, and the move is Eq. 15's. Sums are float32, float64 for float64 logits.
+    contributes sum_k p_k F_k, a newly unmasked one p_k (1 - F_k), the one at the cut p_k (the density of the cut itself is left
+    out: it grows without bound as noise falls, and Eq. 14 has no such factor); where noise falls to 0, this becomes Eq. 14. The
+    gradient grows as 1 / noise. All rows share one t. Where nothing is re-masked, the move is Eq. 15's. Sums are float32, float64 for float64 logits.
     Raises ValueError for an unknown kind, "ar" without sampled, "gumbel" without cut and at_cut."""
     if kind not in ("p1", "p2", "ar", "gumbel") or (kind == "ar" and sampled is None) or (kind == "gumbel" and (cut is None or at_cut is None)):
         raise ValueError(f"transition_log_prob: kind {kind!r} must be p1, p2, ar or gumbel; ar needs sampled, gumbel cut and at_cut")

@@ -198,15 +198,16 @@ class Batch:
 
 def keeps(args) -> dict:
     """What a rollout must keep for the loss."""
-    return dict(keep_sampled=args.transition == "ar" or args.loss_steps_from == "critical", keep_cut=args.transition == "gumbel")
+    return dict(keep_sampled=args.transition == "ar", keep_cut=args.transition == "gumbel", keep_predicted=args.loss_steps_from == "critical")
 
 
 def empty_batch(lines, showo, args):
     """A Batch of the right shapes, to be filled."""
     P, G, T, device = len(lines), args.group_size, args.unmask_steps, showo.device
     long = lambda *shape: torch.zeros(*shape, showo.N, dtype=torch.long, device=device)  # noqa: E731
-    traj = Trajectory(long(P * G), long(P * G), torch.zeros(P * G, T, device=device), long(T, P * G) if keeps(args)["keep_sampled"] else None,
-                      torch.zeros(P * G, T, 2, device=device) if keeps(args)["keep_cut"] else None)
+    sampled, cut, predicted = keeps(args).values()
+    traj = Trajectory(long(P * G), long(P * G), torch.zeros(P * G, T, device=device), long(T, P * G) if sampled else None,
+                      torch.zeros(P * G, T, 2, device=device) if cut else None, long(T, P * G) if predicted else None)
     texts = [line["prompt"] for line in lines]
     return Batch(texts, showo.encode(texts).repeat(G), traj, torch.zeros(P, G), {})
 
@@ -232,8 +233,9 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> B
                                    temperature=args.temperature, masked_only=True, **keeps(args))
                     for name in ("codes", "order", "threshold", *(["cut"] if traj.cut is not None else [])):
                         getattr(batch.traj, name)[at_rows] = getattr(traj, name)
-                    if traj.sampled is not None:
-                        batch.traj.sampled[:, at_rows] = traj.sampled
+                    for name in ("sampled", "predicted"):
+                        if getattr(traj, name) is not None:
+                            getattr(batch.traj, name)[:, at_rows] = getattr(traj, name)
             with clock("decode"), torch.no_grad():
                 images = to_uint8(magvit.decode(batch.traj.codes[rows]))
             with clock("reward"):
@@ -260,7 +262,7 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> B
 def picture_change(traj, magvit, G):
     """By how much each iteration changes the picture that is predicted: mean absolute difference of pixels, summed over the first
     pictures of all groups -> Float[T]. What MaskFocus (arXiv 2512.18766) ranks iterations by is taken in this plainest form."""
-    predicted = magvit.decode(traj.sampled[:, ::G].flatten(0, 1)).unflatten(0, (len(traj.sampled), -1))     # (T, P, 3, H, W)
+    predicted = magvit.decode(traj.predicted[:, ::G].flatten(0, 1)).unflatten(0, (len(traj.predicted), -1))     # (T, P, 3, H, W)
     change = predicted.diff(dim=0).abs().mean((2, 3, 4)).sum(1)
     return all_sum(torch.nn.functional.pad(change, (0, 1)))     # after the last iteration nothing is predicted
 
@@ -364,7 +366,7 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
 def move_at(traj, rows, at, t, kind, args) -> dict:
     """What transition_log_prob takes beside logits, of these rows, at the positions at Long[b, M]."""
     noisy = {} if kind != "gumbel" else dict(cut=traj.cut[rows, t, 0], at_cut=at == traj.cut[rows, t, 1:],
-                                             noise=temperatures(args.unmask_steps, args.temperature)[t])
+                                             noise=max(temperatures(args.unmask_steps, args.temperature)[t], 0.05))  # or few pictures decide
     pick = lambda x: x[rows].gather(1, at)  # noqa: E731
     return dict(codes=pick(traj.codes), order=pick(traj.order), t=t, kind=kind, threshold=traj.threshold[rows],
                 sampled=None if kind != "ar" else pick(traj.sampled[t]), **noisy)
@@ -556,7 +558,7 @@ def main():
         watch(step + 1, stopping or too_bad)
         if too_bad:
             barrier()  # what process 0 saves is there
-            raise InputError(f"{n_bad} steps had something that is not finite; the last good checkpoint is {checkpoint.checkpoints(out)[-1]}; "
+            raise InputError(f"{n_bad} steps had something that is not finite; the last good checkpoint is {out / f'checkpoint-{step + 1}'}; "
                              "look at the prompts logged with them, and continue with --resume and a larger --max-bad-steps")
         if stopping:
             log.say(f"stopped after step {step + 1}, as a signal asked; continue with --resume --out {out}")

@@ -17,6 +17,8 @@ def test_advantages():
         assert row == pytest.approx([(r - statistics.mean(group)) / std for r in group], abs=1e-6)
     assert (adv[1] == 0).all() and (adv[3] == 0).all()
     torch.testing.assert_close(group_advantages(rewards * 100 + 7)[[0, 2]], adv[[0, 2]])
+    with pytest.raises(ValueError, match="kind 'median'"):
+        group_advantages(rewards, "median")
     for bad in (torch.zeros(3, 1), torch.zeros(4)):
         with pytest.raises(ValueError, match="at least 2"):
             group_advantages(bad)
@@ -33,6 +35,16 @@ def test_the_ratio_of_the_mean_token():
     assert value.item() == pytest.approx((math.exp(0.1) + math.exp(-0.2)) / 2)
     value.backward()
     assert logp.grad.tolist() == pytest.approx([math.exp(0.1) / 8, math.exp(-0.2) / 8])
+
+
+def test_far_ratios_have_a_finite_gradient():
+    logp = torch.tensor([95.0, 95.0, -95.0, -95.0], requires_grad=True)
+    value = clipped_objective(logp, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    value.backward()
+    assert value.isfinite() and logp.grad.isfinite().all()
+    far = torch.tensor([-95.0], requires_grad=True)
+    kl_k3(far, torch.zeros(1)).backward()
+    assert far.grad.isfinite().all()
 
 
 def slow_objective(logp, old, ref, adv, low, high, beta):

@@ -345,16 +345,28 @@ def test_the_noisy_transition_becomes_eq_14_without_noise():
     assert far.isfinite().all() and torch.autograd.grad(far.sum(), logits)[0].isfinite().all()
 
 
+def test_predictions_are_the_likeliest_codes():
+    policy = lambda codes: torch.randn(5, 12, 7, generator=torch.Generator().manual_seed(int((codes < 7).sum())))  # noqa: E731
+    traj = rollout(policy, 5, 12, 7, 6, generator=torch.Generator().manual_seed(3), keep_predicted=True)
+    for t in range(6):
+        state = traj.state(t, 7)
+        assert torch.equal(traj.predicted[t], torch.where(state < 7, state, policy(state).argmax(-1)))
+
+
 def test_cuts_are_those_of_the_moves():
     policy = lambda codes: torch.randn(5, 12, 7, generator=torch.Generator().manual_seed(int((codes < 7).sum())))  # noqa: E731
     kept, plain = (rollout(policy, 5, 12, 7, 6, generator=torch.Generator().manual_seed(3), keep_cut=keep) for keep in (True, False))
     assert torch.equal(kept.codes, plain.codes) and plain.cut is None and kept.cut.shape == (5, 6, 2)
     for t in range(6):
         assert (kept.order.gather(1, kept.cut[:, t, 1:].long()) == t).all()
-    conf = policy(torch.full((5, 12), 7)).log_softmax(-1).gather(-1, kept.codes[..., None])[..., 0]
+    g = torch.Generator().manual_seed(3)                                                # iteration 0 again, from the same numbers
+    probs = policy(torch.full((5, 12), 7)).softmax(-1)
+    drawn = _categorical(probs, torch.rand(5, 12, 1, generator=g, dtype=torch.float64))
+    noisy = probs.gather(-1, drawn[..., None])[..., 0].log() - temperatures(6)[0] * (-torch.rand(5, 12, generator=g, dtype=torch.float64).log()).log()
+    torch.testing.assert_close(kept.cut[:, 0, 0], noisy.masked_fill(kept.order != 0, 99).amin(1).float())
+    assert (noisy.masked_fill(kept.order == 0, -99).amax(1) < kept.cut[:, 0, 0]).all()
     quiet = rollout(policy, 5, 12, 7, 6, generator=torch.Generator().manual_seed(3), keep_cut=True, temperature=0.0)
     torch.testing.assert_close(quiet.cut[:, 0, 0].float(), quiet.threshold[:, 0].log())
-    assert conf.shape == (5, 12)
 
 
 def test_remasking_is_uniform_and_ends_at_the_same_codes():

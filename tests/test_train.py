@@ -107,7 +107,7 @@ def batch_of_rollouts(showo, args, seed=0):
     lines = train.shapes.prompts("train", 4)
     batch = train.empty_batch(lines, showo, args)
     batch.traj = rollout(lambda c: showo.logits(c, batch.prompt), 16, showo.N, showo.K, args.unmask_steps, keep_sampled=True, keep_cut=True,
-                         generator=torch.Generator().manual_seed(seed))
+                         keep_predicted=True, generator=torch.Generator().manual_seed(seed))
     batch.rewards = torch.rand(4, 4, generator=torch.Generator().manual_seed(seed))
     return batch
 
@@ -128,7 +128,7 @@ def test_update_is_the_gradient_of_equation_10(base, transition):
     train.update(0, batch, args, showo, None, optimizer)
     traj = batch.traj
     noisy = lambda traj, t, kind: dict(cut=traj.cut[:, t, 0], at_cut=torch.arange(showo.N) == traj.cut[:, t, 1:],  # noqa: E731
-                                       noise=temperatures(4)[t]) if kind == "gumbel" else {}
+                                       noise=max(temperatures(4)[t], 0.05)) if kind == "gumbel" else {}
     logp = torch.stack([transition_log_prob(showo.logits(traj.state(t, showo.K), batch.prompt), traj.codes, traj.order, t, transition,
                                             threshold=traj.threshold, sampled=traj.sampled, **noisy(traj, t, transition)) for t in range(4)], 1)
     (-clipped_objective(logp, logp.detach(), group_advantages(batch.rewards).flatten())).backward()
@@ -158,9 +158,9 @@ def test_critical_iterations_are_those_that_change_the_prediction_most(base):
     showo, magvit = base
     args = arguments(loss_steps=2, loss_steps_from="critical")
     traj = batch_of_rollouts(showo, args).traj
-    traj.sampled = traj.sampled[:1].repeat(4, 1, 1)
-    traj.sampled[2:, 0] = (traj.sampled[0, 0] + 7) % showo.K          # another picture from iteration 2 on, after the move of iteration 1
-    traj.sampled[3, 4, :3] = (traj.sampled[0, 4, :3] + 7) % showo.K
+    traj.predicted = traj.predicted[:1].repeat(4, 1, 1)
+    traj.predicted[2:, 0] = (traj.predicted[0, 0] + 7) % showo.K          # another picture from iteration 2 on, after the move of iteration 1
+    traj.predicted[3, 4, :3] = (traj.predicted[0, 4, :3] + 7) % showo.K
     change = train.picture_change(traj, magvit, 4)
     assert change[0] == change[3] == 0 and change[1] > change[2] > 0
     assert train.loss_iterations(0, args, change) == [1, 2]
@@ -212,7 +212,7 @@ def test_bad_input_is_one_line_and_exit_2(monkeypatch, tmp_path, capsys, flags, 
     (tmp_path / "other/metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "emptyrun").mkdir()
     (tmp_path / "run/checkpoint-2").mkdir(parents=True)
-    saved = dict(zip(checkpoint.SAME, ("shapes", 4, 4, "p2", 1, True, 42)))
+    saved = dict(zip(checkpoint.SAME, ("shapes", 4, 4, "p2", "rollout", 1, True, 42)))
     trainer = tmp_path / "run/checkpoint-2/trainer.pt"
     torch.save({"step": 2, "args": saved, "optimizer": {}, "filter": {"history": []}}, trainer)
     checkpoint.write_json(trainer.with_name("manifest.json"), {"trainer.pt": [trainer.stat().st_size, checkpoint.crc32(trainer)]})
