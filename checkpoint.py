@@ -6,6 +6,7 @@ OUT/checkpoint-STEP/               Show-o's own layout (load it anywhere Show-o 
                                    optimizer, filter history + manifest.json: size and CRC-32 of every file. Random states
                                    need no saving: they are functions of the seed, the step and the prompt slot.
 """
+import atexit
 import json
 import math
 import os
@@ -335,8 +336,15 @@ class Stop:
         signal.set_wakeup_fd(said.fileno())
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        self.said = said  # kept open
-        threading.Thread(target=self.listen, args=(heard,), daemon=True).start()
+        thread = threading.Thread(target=self.listen, args=(heard,), daemon=True)
+        thread.start()
+
+        def end():
+            """Before the interpreter goes, and a thread that waits in it."""
+            signal.set_wakeup_fd(-1)
+            said.close()  # and recv() below returns nothing
+            thread.join()
+        atexit.register(end)
 
     def listen(self, heard):
         """Runs beside the training."""
