@@ -2,9 +2,10 @@
 
 Tensors only; imports torch alone, so it can be copied into any trainer. P prompts, G samples each, T iterations.
 
-Departures from the paper: none in the equations. From the released code: its KL compares the policy with itself (no
-gradient) and its ratio is always 1 (the clip never acts); here the KL is against a frozen reference, and the ratio leaves
-1 as soon as rollouts are used for a second optimizer step. Its filter is missing; here is one.
+Departures from the paper: ratios are bounded by e^60, so that no gradient is NaN; `kind` and `length` are later work's, off by
+default. From the released code: its KL compares the policy with itself (no gradient) and its ratio is always 1 (the clip never
+acts); here the KL is against a frozen reference, and the ratio leaves 1 as soon as rollouts are used for a second optimizer
+step. Its filter is missing; here is one.
 """
 import torch
 

@@ -12,7 +12,8 @@ State s_t = (c, t, Y_t), action a_t = Y_{t+1}, start all masked. Iterations t co
 Departures from the released code, all towards the paper: the last iteration unmasks every token that is left (there, one
 stays masked in the last state and never enters the loss); min(cs_t) of Eq. 14 is a number (there a bool, so Eq. 14 lost
 its second factor); a group is one batch. Kept from it: the compounding temperature (`annealing="compound"`).
-Departure from the paper: the default transition is Eq. 15 (p2), which is what the released training really computes.
+Departure from the paper: the default transition is Eq. 15 (p2), which is what the released training really computes. Beyond it:
+the transition "gumbel", and remask().
 """
 import argparse
 import datetime

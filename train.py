@@ -9,6 +9,9 @@ advantages (grpo.py, Eq. 12), and climb Eq. 10 over the T unmasking iterations (
 Departures from the paper:
 - the default transition is p2 (Eq. 15), which is what the released training really computes; --transition p1 is Eq. 14;
 - Eq. 10's mean runs over all groups of all processes; a group still under the filter's bar after --max-resample is used;
+- a step in which something is not finite is skipped by all processes;
+- beyond it, off by default: --adv mean, --ratio mean, --trajectory forward, --loss-steps-from critical, --transition gumbel (whose
+  noise has a floor of 0.05 here: the gradient grows as 1 / noise);
 - prompts: LAION captions cannot be shipped, prompts/train.txt holds captions of our own making.
 Randomness is a function of (seed, step, prompt slot), so a run is the same when resumed, and on another number of processes
 that together take as many prompts a step (but for the last digits, where other prompts share a batch).

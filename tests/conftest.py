@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch  # noqa: E402
 
 ROOT, DATA = Path(__file__).parent.parent, Path(__file__).parent / "data"
 sys.path.insert(0, str(ROOT))
+import checkpoint  # noqa: E402
 import model  # noqa: E402,F401  (before open_clip: it mends a torchvision that cannot be imported)
 
 torch.set_num_threads(2)
@@ -20,6 +22,11 @@ def read_json(name):
 
 def read_lines(name):
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+def metrics(out):
+    """The rows of a run's metrics.jsonl, but for times and memory."""
+    return [{k: v for k, v in row.items() if not re.search("^s_|images_per_s|peak_gib", k)} for row in checkpoint.read_rows(out / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="session")

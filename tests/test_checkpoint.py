@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, metrics
 from safetensors.torch import load_file
 
 import checkpoint
@@ -22,7 +22,6 @@ from sample import load_models
 
 TINY = ("--model shapes --no-kl --steps 4 --prompts-per-step 8 --group-size 4 --unmask-steps 8 --eval-every 0 --sample-every 0 --save-every 1 "
         "--lr 1e-3").split()
-TIMES = re.compile("^s_|images_per_s|peak_gib")
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +36,6 @@ def signals():
 def call(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *map(str, flags)])
     train.main()
-
-
-def metrics(out):
-    return [{k: v for k, v in row.items() if not TIMES.search(k)} for row in checkpoint.read_rows(out / "metrics.jsonl")]
 
 
 def same(a, b):

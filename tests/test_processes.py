@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, metrics
 from safetensors.torch import load_file
 
 import checkpoint
@@ -18,7 +18,6 @@ import train
 
 FLAGS = ("--model shapes --no-kl --filter-low --steps 2 --prompts-per-step 4 --group-size 4 --unmask-steps 16 --filter-warmup 6 "
          "--filter-percentile 90 --eval-every 2 --eval-n 1 --sample-every 0").split()
-TIMES = re.compile("^s_|images_per_s|peak_gib")
 
 
 def torchrun(*command, processes=2):
@@ -40,10 +39,6 @@ def two(tmp_path_factory):
 def call(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, *map(str, flags)])
     train.main()
-
-
-def metrics(out):
-    return [{k: v for k, v in row.items() if not TIMES.search(k)} for row in checkpoint.read_rows(out / "metrics.jsonl")]
 
 
 def weights(folder):

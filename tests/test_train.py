@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, metrics
 
 import checkpoint
 import train
@@ -15,16 +15,11 @@ from model import load_showo
 from sample import remask, rollout, run, temperatures
 
 TINY = "--model shapes --no-kl --steps 2 --prompts-per-step 3 --group-size 4 --unmask-steps 4 --eval-every 0 --sample-every 0".split()
-TIMES = re.compile("^s_|images_per_s|peak_gib")
 
 
 def call(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *map(str, flags)])
     train.main()
-
-
-def metrics(out):
-    return [{k: v for k, v in row.items() if not TIMES.search(k)} for row in checkpoint.read_rows(out / "metrics.jsonl")]
 
 
 def weights(folder):
