@@ -1,16 +1,17 @@
-"""The paper's choices compared on the tiny base: every arm with the same budget and three seeds.
+"""The paper's choices, and some beyond it, compared on the tiny base: every arm with the same budget and three seeds.
 
     python tests/experiments.py run [NAME ...]           # two runs at a time, one core each; goes on where it was stopped
-    python tests/experiments.py report                   # tables on the screen, results/experiments/NAME.png
+    python tests/experiments.py report                   # results/experiments/: README.md, NAME.png
     python tests/experiments.py look                     # the two factors of Eq. 14, iteration by iteration
 
-A run is train.py --model shapes --no-kl --filter-low with BUDGET and the flags of its arm. It leaves one row in
-results/experiments/NAME.jsonl: flags, seed, the curve of GenEval's overall score (63 held-out prompts x 8 pictures) and of exact, and
-means over steps of what the log holds. Intervals are 95%, Student's t over seeds."""
+An arm is DEFAULT with some flags of train.py exchanged. A run leaves one row in results/experiments/rows.jsonl: its flags, its seed,
+its evaluations (GenEval's overall score and others, 63 held-out prompts x 8 pictures), and means over steps of what the log holds; arms
+with the same flags share their runs. Intervals are 95%, Student's t over seeds."""
 import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,15 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "results/experiments"
 SEEDS = (1, 2, 3)
-BUDGET = "--model shapes --filter-low --steps 24 --prompts-per-step 12 --eval-every 12 --sample-every 0 --save-every 0".split()
-PREDICTED = {  # written before any run of the experiment but the first two of "transition"
+DEFAULT = dict(model="shapes", steps=24, prompts_per_step=12, group_size=8, unmask_steps=16, no_kl=True, filter_low=True, transition="p2",
+               ratio="sum", inner_epochs=1, lr="7e-4", eval_every=12, sample_every=0, save_every=0)
+MEANS = ("reward_mean", "reward_std", "adv_zero", "resampled", "grad_norm", "clip_fraction", "kl_ref", "entropy", "skipped", "s_rollout", "s_update",
+         "s_step")
+MEDIANS = ("ratio_max", "approx_kl")    # of a few steps with far ratios the mean would tell nothing else
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+# What was expected, written before any run of the experiment but the first two of "transition".
+PREDICTED = {
     "transition": "p2 best at 7e-4. ar close behind, at a smaller rate, since it sums over every masked token. p1 below both at every rate: on the "
                   "base its re-masked factor sends 6 to 60 times the gradient of the first in the first nine iterations (look). The mean over "
                   "positions helps p1 without closing the gap. gumbel between p1 and p2.",
@@ -38,108 +46,123 @@ PREDICTED = {  # written before any run of the experiment but the first two of "
     "beyond": "adv mean within the noise. ratio mean (T 8, since at T = N one token moves per iteration and it is the sum) a little better "
               "than T 8: the iterations that move several tokens weigh less. forward with the first 4 iterations at "
               "least as good as the rollout's 16, at a third of the update's time."}
-MEANS = ("reward_mean", "reward_std", "adv_zero", "resampled", "grad_norm", "ratio_max", "approx_kl", "clip_fraction", "kl_ref", "entropy", "skipped",
-         "s_step")
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+FOUND = {}
+SHOW = {"transition": ("exact", "objects", "reward_mean"), "kl": ("exact", "objects", "kl_ref"), "filter": ("exact", "resampled", "adv_zero", "s_step"),
+        "reduction": ("exact", "s_rollout", "s_update"), "epochs": ("exact", "clip_fraction", "ratio_max", "approx_kl"),
+        "groups": ("exact", "adv_zero", "resampled"), "transfer": ("single_object", "two_object", "colors", "color_attr", "counting", "position"),
+        "beyond": ("exact", "objects", "s_update")}
 
 
 def arms():
-    """{experiment: {arm: flags over BUDGET}}; the first arm is the default, but in "epochs", where several tokens move at once."""
-    out = {"transition": {}}
+    """{experiment: {arm: what differs from DEFAULT}}."""
+    several = dict(unmask_steps=8)  # several tokens move in an iteration; at T = 16 = N it is one
+    forward = dict(trajectory="forward")
+    rollout = {f"{which} {k}": dict(loss_steps=k, loss_steps_from=which) for k in (8, 4) for which in ("first", "last", "random", "critical")}
     rates = {"p2": ("7e-4", "1.4e-3", "3.5e-4"), "ar": ("7e-4", "1.4e-3", "3.5e-4"), "p1": ("7e-4", "3.5e-4", "1.75e-4"), "gumbel": ("7e-4", "3.5e-4")}
-    for kind in rates:
-        for lr in rates[kind]:
-            out["transition"][f"{kind} lr {lr}"] = f"--transition {kind} --lr {lr}"
-    for lr in ("7e-4", "3.5e-4"):
-        out["transition"][f"p1 mean lr {lr}"] = f"--transition p1 --ratio mean --lr {lr}"
-    out["kl"] = {f"beta {beta} lr {lr}": (f"--kl-beta {beta}" if float(beta) else "--no-kl") + f" --lr {lr}"
-                 for lr in ("7e-4", "1.4e-3", "2.8e-3") for beta in ("0", "0.01", "0.1")}
-    out["filter"] = {"percentile 10": "", "off": "-filter-low", "percentile 0": "--filter-percentile 0", "percentile 30": "--filter-percentile 30",
-                     "percentile 30, tries 3": "--filter-percentile 30 --max-resample 3"}
-    out["reduction"] = {"all 16": "", **{f"{which} {k}": f"--loss-steps {k} --loss-steps-from {which}"
-                                         for k in (8, 4) for which in ("first", "last", "random", "critical")},
-                        "T 8": "--unmask-steps 8", "T 5": "--unmask-steps 5"}
-    out["epochs"] = {f"{kind} {ratio} {n}": f"--unmask-steps 8 --transition {kind} --ratio {ratio} --inner-epochs {n}"  # several tokens an iteration
-                     for kind in ("p2", "p1") for ratio in ("sum", "mean") for n in (1, 2, 4)}
-    out["groups"] = {f"G {G} x {96 // G}": f"--group-size {G} --prompts-per-step {96 // G} --filter-warmup {4 * (96 // G)}" for G in (8, 4, 16, 32)}
-    out["transfer"] = {"all six families": "", "four families": "--prompts FOUR"}
-    out["beyond"] = {"paper": "", "adv mean": "--adv mean", "T 8": "--unmask-steps 8", "T 8, ratio mean": "--unmask-steps 8 --ratio mean", "forward, all": "--trajectory forward",
-                     "forward, first 4": "--trajectory forward --loss-steps 4", "forward, first 8": "--trajectory forward --loss-steps 8"}
-    return out
+    return {
+        "transition": {**{f"{kind}, lr {lr}": dict(transition=kind, lr=lr) for kind in rates for lr in rates[kind]},
+                       **{f"p1, ratio mean, lr {lr}": dict(transition="p1", ratio="mean", lr=lr) for lr in ("7e-4", "3.5e-4")}},
+        "beyond": {"default": {}, "adv mean": dict(adv="mean"), "T 8": several, "T 8, ratio mean": dict(**several, ratio="mean"),
+                   "forward, all 16": forward, "forward, first 8": dict(**forward, loss_steps=8), "forward, first 4": dict(**forward, loss_steps=4),
+                   **{f"rollout, {name}": rollout[name] for name in ("first 8", "first 4")}},
+        "transfer": {"all six families": {}, "four families": dict(prompts="FOUR")},
+        "filter": {"percentile 10": {}, "off": dict(filter_low=False), "percentile 0": dict(filter_percentile=0), "percentile 30": dict(filter_percentile=30),
+                   "percentile 30, 3 tries": dict(filter_percentile=30, max_resample=3)},
+        "reduction": {"all 16": {}, **rollout, "T 8": several, "T 5": dict(unmask_steps=5)},
+        "kl": {f"beta {beta}, lr {lr}": dict(lr=lr, **(dict(no_kl=False, kl_beta=beta) if beta else {}))
+               for lr in ("7e-4", "1.4e-3", "2.8e-3") for beta in (0, 0.01, 0.1)},
+        "epochs": {f"{kind}, {ratio}, {n} epoch{'s' * (n > 1)}": dict(**several, transition=kind, ratio=ratio, inner_epochs=n)
+                   for kind in ("p2", "p1") for ratio in ("sum", "mean") for n in (1, 2, 4)},
+        "groups": {f"G {G}, {96 // G} prompts": dict(group_size=G, prompts_per_step=96 // G, **(dict(filter_warmup=4 * (96 // G)) if G != 8 else {}))
+                   for G in (8, 4, 16, 32)}}
 
 
-def command(flags, seed, out):
-    """The command line of one run."""
-    flags = flags.split()
-    base = [flag for flag in BUDGET if f"-{flag.lstrip('-')}" not in flags]
-    if "FOUR" in flags:
-        sys.path.insert(0, str(ROOT))
-        import shapes
-        rows = [line for line in shapes.prompts("train") if line["tag"] not in ("position", "counting")]
-        four = Path(out).parent / "four.jsonl"
-        four.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        flags[flags.index("FOUR")] = str(four)
-    flags = [flag for flag in flags if not flag.startswith("-filter")]
-    kl = [] if "--kl-beta" in flags or "--no-kl" in flags else ["--no-kl"]
-    return [sys.executable, str(ROOT / "train.py"), *base, *kl, *flags, "--seed", str(seed), "--out", str(out)]
+def flags(arm):
+    """The flags of train.py for an arm, as one line; FOUR stands for a file of training prompts."""
+    return " ".join(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in {**DEFAULT, **arm}.items()
+                    if value is not False)
 
 
-def one(name, arm, flags, seed):
-    """Run it, and add its row; what is there already is not run again."""
-    rows = OUT / f"{name}.jsonl"
-    if rows.exists() and any(row["arm"] == arm and row["seed"] == seed and current(name, row) for row in map(json.loads, rows.open())):
-        return
+def made():
+    """{(flags, seed): row} of the runs that are there."""
+    file = OUT / "rows.jsonl"
+    return {(row["flags"], row["seed"]): row for row in map(json.loads, file.open() if file.exists() else ())}
+
+
+def one(line, seed):
+    """Run train.py with these flags, and add its row."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(command(flags, seed, Path(folder) / "run"), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        four = Path(folder) / "four.jsonl"
+        if "FOUR" in line:
+            sys.path.insert(0, str(ROOT))
+            import shapes
+            four.write_text("".join(json.dumps(row) + "\n" for row in shapes.prompts("train") if row["tag"] not in ("position", "counting")))
+        command = [sys.executable, str(ROOT / "train.py"), *line.replace("FOUR", str(four)).split(), "--seed", str(seed), "--out", f"{folder}/run"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
-            print(f"{name}, {arm}, seed {seed}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            print(f"{line}, seed {seed}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
             return
-        read = lambda file: [json.loads(line) for line in (Path(folder) / "run" / file).open()]  # noqa: E731
-        steps, evals = read("metrics.jsonl"), read("eval.jsonl")
-    mean = lambda key: (lambda values: round(sum(values) / max(len(values), 1), 5))([row[key] for row in steps if row.get(key) is not None])  # noqa: E731
-    row = {"arm": arm, "seed": seed, "flags": flags, "budget": " ".join(BUDGET), "eval": evals, **{key: mean(key) for key in MEANS}}
-    with rows.open("a") as file:
+        steps, evals = ([json.loads(text) for text in (Path(folder) / "run" / file).open()] for file in ("metrics.jsonl", "eval.jsonl"))
+    if f"--steps {evals[-1]['step']} " not in line:
+        return  # stopped by a signal
+    row = {"flags": line, "seed": seed, "eval": evals}
+    for average, keys in ((statistics.fmean, MEANS), (statistics.median, MEDIANS)):
+        row |= {key: round(average([step[key] for step in steps if step.get(key) is not None] or [math.nan]), 5) for key in keys}
+    with (OUT / "rows.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{name}, {arm}, seed {seed}: {evals[-1]['overall']:.3f} ({row['s_step']:.1f} s a step)", flush=True)
-
-
-def current(name, row):
-    """A row that was made with the flags and the budget that its arm has now."""
-    return row["flags"] == arms()[name].get(row["arm"]) and row["budget"] == " ".join(BUDGET)
+    print(f"{line}, seed {seed}: {evals[-1]['overall']:.3f} ({row['s_step']:.1f} s a step)", flush=True)
 
 
 def interval(values):
     """Mean and half width of its 95% interval."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, T95.get(len(values), 2.0) * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    mean = statistics.fmean(values)
+    return mean, T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def report(name):
-    """A table of the arms, and a picture: a dot per seed, a bar from before to the mean."""
-    rows = [row for row in map(json.loads, (OUT / f"{name}.jsonl").open()) if current(name, row)]
-    names = [arm for arm in arms()[name] if any(row["arm"] == arm for row in rows)]
-    print(f"\n{name}\n\nPredicted: {PREDICTED[name]}\n\n| arm | overall, last | best | exact, last | objects | resampled | s a step | seeds |\n|---|---|---|---|---|---|---|---|")
+def table(name, rows):
+    """rows: {arm: rows of its seeds} -> lines of Markdown."""
+    show = SHOW[name]
+    yield f"| arm | overall | {' | '.join(key.replace('_', ' ') for key in show)} | seeds |"
+    yield "|---" * (3 + len(show)) + "|"
+    for arm, mine in rows.items():
+        mean, width = interval([row["eval"][-1]["overall"] for row in mine])
+        cells = [statistics.fmean(row["eval"][-1][key] if key in row["eval"][-1] else row[key] for row in mine) for key in show]
+        yield f"| {arm} | {mean:.3f} ± {width:.3f} | {' | '.join(f'{value:.3g}' for value in cells)} | {len(mine)} |"
+
+
+def plot(name, rows):
+    """NAME.png: per arm a bar from the base's score to the mean, and a dot for each seed."""
     font = ImageFont.load_default(size=13)
-    sheet = Image.new("RGB", (760, 40 + 26 * len(names)), "white")
-    draw, x = ImageDraw.Draw(sheet), lambda v: 200 + 520 * v  # noqa: E731
+    sheet = Image.new("RGB", (780, 40 + 26 * len(rows)), "white")
+    draw, x = ImageDraw.Draw(sheet), lambda v: 220 + 520 * v  # noqa: E731
     for tick in (0, 0.2, 0.4, 0.6, 0.8, 1.0):
         draw.line([(x(tick), 24), (x(tick), sheet.height - 10)], "lightgray")
         draw.text((x(tick) - 8, 6), f"{tick:g}", "gray", font)
-    for i, arm in enumerate(names):
-        mine = [row for row in rows if row["arm"] == arm]
-        last, exact, objects = ([row["eval"][-1][key] for row in mine] for key in ("overall", "exact", "objects"))
-        best = [max(e["overall"] for e in row["eval"]) for row in mine]
-        (m, w), (b, _), (e, _), (o, _), (s, _) = map(interval, (last, best, exact, objects, [row["s_step"] for row in mine]))
-        print(f"| {arm} | {m:.3f} ± {w:.3f} | {b:.3f} | {e:.3f} | {o:.2f} | {sum(row['resampled'] for row in mine) / len(mine):.2f} | {s:.2f} | {len(mine)} |")
-        y = 32 + 26 * i
+    for y, (arm, mine) in zip(range(32, sheet.height, 26), rows.items()):
+        values, base = [row["eval"][-1]["overall"] for row in mine], mine[0]["eval"][0]["overall"]
+        mean = statistics.fmean(values)
         draw.text((6, y), arm, "black", font)
-        draw.rectangle([x(mine[0]["eval"][0]["overall"]), y + 5, max(x(m), x(mine[0]["eval"][0]["overall"])), y + 13], "lightsteelblue")
-        draw.line([(x(m), y + 1), (x(m), y + 17)], "navy", 2)
-        for value in last:
+        draw.rectangle([x(min(base, mean)), y + 5, x(max(base, mean)), y + 13], "lightsteelblue")
+        draw.line([(x(mean), y + 1), (x(mean), y + 17)], "navy", 2)
+        for value in values:
             draw.ellipse([x(value) - 3, y + 6, x(value) + 3, y + 12], "firebrick")
     sheet.save(OUT / f"{name}.png")
+
+
+def report():
+    """results/experiments/README.md and its pictures, from the rows that are there."""
+    there, text = made(), ["# Experiments on the tiny base", "", "Written by `python tests/experiments.py report` from rows.jsonl."]
+    for name, mine in arms().items():
+        rows = {arm: [there[key] for key in ((flags(arm_flags), seed) for seed in SEEDS) if key in there] for arm, arm_flags in mine.items()}
+        rows = {arm: found for arm, found in rows.items() if found}
+        if rows:
+            plot(name, rows)
+            text += ["", f"## {name}", "", f"Predicted: {PREDICTED[name]}", "", *table(name, rows), "", f"![{name}]({name}.png)", "",
+                     f"Found: {FOUND.get(name, '')}"]
+    text += ["", "## look", "", "Eq. 14 on the base: log-probability of its two factors, and the norm of the gradient each sends to the weights.", "",
+             "| iteration | re-masked positions | log, newly unmasked | log, re-masked | gradient, newly unmasked | gradient, re-masked |", "|---|---|---|---|---|---|"]
+    text += ["| " + " | ".join(f"{value:.3g}" for value in row.values()) + " |" for row in json.loads((OUT / "p1.json").read_text())]
+    (OUT / "README.md").write_text("\n".join(text) + "\n")
 
 
 def look():
@@ -176,19 +199,15 @@ def look():
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["run", "report", "look"])
-    p.add_argument("names", nargs="*", help=f"of {', '.join(arms())} (default: all)")
+    p.add_argument("names", nargs="*", choices=[[], *arms()], metavar="NAME", help=f"to run: {', '.join(arms())} (default: all)")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = p.parse_args()
-    OUT.mkdir(parents=True, exist_ok=True)
-    if args.what == "look":
-        return look()
-    for name in args.names or arms():
-        if args.what == "report":
-            if (OUT / f"{name}.jsonl").exists():
-                report(name)
-            continue
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: one(name, *job), [(arm, flags, seed) for seed in SEEDS for arm, flags in arms()[name].items()]))
+    if args.what != "run":
+        return report() if args.what == "report" else look()
+    there = made()
+    todo = {(flags(arm), seed): None for name in args.names or arms() for seed in SEEDS for arm in arms()[name].values()}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda job: one(*job), [job for job in todo if job not in there]))
 
 
 if __name__ == "__main__":
