@@ -2,6 +2,7 @@
 
     python train.py --model shapes --no-kl --filter-low                     # minutes on 2 CPU cores
     torchrun --nproc_per_node 8 train.py --no-kl --filter-low               # the paper's run on Show-o 512, CLIP reward
+    python train.py --model shapes --recipe best                            # what results/experiments favours
 
 One optimizer step: sample G pictures for each prompt (sample.py, Eq. 1-9), score them (reward.py), turn rewards into
 advantages (grpo.py, Eq. 12), and climb Eq. 10 over the T unmasking iterations (Eq. 11, 13-15).
@@ -49,6 +50,14 @@ PRESETS = {
     "shapes": dict(steps=45, group_size=8, prompts_per_step=24, unmask_steps=16, eval_unmask_steps=16, eval_guidance=0.0,
                    lr=7e-4, warmup=3, weight_decay=0.0, reward="geneval:exact", eval_every=15, eval_n=8, sample_every=15,
                    save_every=15, micro_batch=256, filter_warmup=48)}
+RECIPES = {"paper": dict(no_kl=True, filter_low=True, transition="p1"),                 # Sec. 3.2, 3.3
+           "best": dict(no_kl=True, filter_low=True, trajectory="forward")}             # results/experiments; and --loss-steps T // 4
+
+
+def flags_of(values):
+    """Flags as one line: {"no_kl": True, "lr": 3e-6} -> --no-kl --lr 3e-06."""
+    return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in values.items()
+                    if value is not None and value is not False)
 
 
 def parse_args():
@@ -65,6 +74,8 @@ def parse_args():
     g.add_argument("--out", help="output folder (default: a new one under runs/)")
     g.add_argument("--resume", nargs="?", const="auto", help="continue: the newest checkpoint in --out, or this checkpoint folder")
     g = p.add_argument_group("the method")
+    g.add_argument("--recipe", choices=list(RECIPES), help="; ".join(f"{name}: {flags_of(recipe)}" for name, recipe in RECIPES.items())
+                   + " --loss-steps a quarter of T; flags given beside it win")
     g.add_argument("--steps", type=in_range(int, 1), help="optimizer steps with fresh rollouts")
     g.add_argument("--group-size", type=in_range(int, 2, 4096), help="G, pictures per prompt")
     g.add_argument("--prompts-per-step", type=in_range(int, 1), help="prompts per optimizer step and process")
@@ -78,8 +89,10 @@ def parse_args():
     g.add_argument("--clip-low", type=in_range(float, 0, 1), default=0.9, help="lower bound of the ratio, 1 - e_low")
     g.add_argument("--clip-high", type=in_range(float, 1), default=1.2, help="upper bound of the ratio, 1 + e_high")
     g.add_argument("--no-kl", action="store_true", help="beta = 0: no reference model in memory")
+    g.add_argument("--kl", dest="no_kl", action="store_false", default=argparse.SUPPRESS, help="the opposite, against a recipe")
     g.add_argument("--kl-beta", type=in_range(float, 0), default=0.01, help="beta of Eq. 10")
-    g.add_argument("--filter-low", action="store_true", help="sample a group again when its reward std is low (Sec. 3.3)")
+    g.add_argument("--filter-low", action=argparse.BooleanOptionalAction, default=False,
+                   help="sample a group again when its reward std is low (Sec. 3.3)")
     g.add_argument("--filter-percentile", type=in_range(float, 0, 100), default=10.0, help="of the history of group stds")
     g.add_argument("--filter-warmup", type=in_range(int, 1), help="groups to see before the filter acts")
     g.add_argument("--max-resample", type=in_range(int, 1, 100), default=1, help="times a group is sampled again at most")
@@ -111,9 +124,13 @@ def parse_args():
     g.add_argument("--max-bad-steps", type=in_range(int, 1), default=20, help="steps skipped (a reward, loss or gradient not finite) that end a run")
     g.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model", nargs="?")
-    p.set_defaults(**PRESETS["shapes" if first.parse_known_args()[0].model == "shapes" else "showo"])
+    for flag in ("--model", "--recipe"):
+        first.add_argument(flag, nargs="?")
+    chosen = first.parse_known_args()[0]
+    p.set_defaults(**PRESETS["shapes" if chosen.model == "shapes" else "showo"], **RECIPES.get(chosen.recipe, {}))
     args = p.parse_args()
+    if args.recipe == "best" and not args.loss_steps:
+        args.loss_steps = max(1, args.unmask_steps // 4)
     if args.loss_steps and args.loss_steps > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
     if args.wandb and importlib.util.find_spec("wandb") is None:
@@ -503,7 +520,7 @@ def main():
             f"one step: {per_step} prompts x {args.group_size} = {per_step * args.group_size} pictures, x "
             f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations = "
             f"{per_step * args.group_size * len(loss_iterations(0, args))} trajectory steps, over all processes\n"
-            f"{' '.join(f'--{k.replace(chr(95), chr(45))} {v}' for k, v in vars(args).items() if v not in (None, False))}")
+            f"{flags_of(vars(args))}")
 
     for line in checkpoint.differences(resumed, args, world) if resumed else ():
         log.say(line)

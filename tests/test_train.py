@@ -80,6 +80,18 @@ def test_kl_holds_the_policy_to_the_reference(monkeypatch, tmp_path):
     assert rows[0]["kl_ref"] == pytest.approx(0, abs=1e-9) and rows[2]["kl_ref"] > 1e-5
 
 
+def test_a_recipe_sets_flags_and_flags_beside_it_win(monkeypatch):
+    def parsed(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--model", "shapes", *flags])
+        return vars(train.parse_args())
+    plain, no_recipe = parsed("--transition", "p1", "--no-kl", "--filter-low"), parsed()
+    assert parsed("--recipe", "paper") == plain | {"recipe": "paper"} and no_recipe["recipe"] is None and not no_recipe["filter_low"]
+    assert parsed("--recipe", "best") == no_recipe | train.RECIPES["best"] | {"recipe": "best", "loss_steps": 4}
+    assert parsed("--recipe", "best", "--unmask-steps", "3")["loss_steps"] == 1 and parsed("--recipe", "best", "--loss-steps", "7")["loss_steps"] == 7
+    changed = parsed("--recipe", "paper", "--transition", "p2", "--kl", "--no-filter-low")
+    assert changed == no_recipe | {"recipe": "paper"}
+
+
 def test_loss_iterations():
     args = lambda **k: type("Args", (), {"unmask_steps": 8, "loss_steps": 3, "seed": 1, **k})  # noqa: E731
     assert train.loss_iterations(0, args(loss_steps_from="first")) == [0, 1, 2]
@@ -107,13 +119,15 @@ def batch_of_rollouts(showo, args, seed=0):
     return batch
 
 
-@pytest.mark.parametrize("transition", ["p1", "p2", "ar", "gumbel", "forward"])
-def test_update_is_the_gradient_of_equation_10(base, transition):
+@pytest.mark.parametrize("transition, which", [("p1", {}), ("p2", {}), ("ar", {}), ("gumbel", {}), ("forward", {}),
+                                               ("p2", dict(loss_steps=2)), ("p1", dict(loss_steps=2, loss_steps_from="last"))])
+def test_update_is_the_gradient_of_equation_10(base, transition, which):
     """Micro-batches over rows and iterations against Eq. 10 written in one expression."""
     from grpo import clipped_objective, group_advantages
     from sample import transition_log_prob
     showo = load_showo("shapes")
-    args = arguments(transition=transition if transition != "forward" else "p1", trajectory="forward" if transition == "forward" else "rollout")
+    args = arguments(transition=transition if transition != "forward" else "p1", trajectory="forward" if transition == "forward" else "rollout", **which)
+    iterations = range(2, 4) if "loss_steps_from" in which else range(which.get("loss_steps", 4))
     batch = batch_of_rollouts(showo, args)
     if transition == "forward":
         batch.traj, transition = remask(batch.traj.codes, 4, [torch.Generator().manual_seed(0)]), "ar"
@@ -125,7 +139,7 @@ def test_update_is_the_gradient_of_equation_10(base, transition):
     noisy = lambda traj, t, kind: dict(cut=traj.cut[:, t, 0], at_cut=torch.arange(showo.N) == traj.cut[:, t, 1:],  # noqa: E731
                                        noise=max(temperatures(4)[t], 0.05)) if kind == "gumbel" else {}
     logp = torch.stack([transition_log_prob(showo.logits(traj.state(t, showo.K), batch.prompt), traj.codes, traj.order, t, transition,
-                                            threshold=traj.threshold, sampled=traj.sampled, **noisy(traj, t, transition)) for t in range(4)], 1)
+                                            threshold=traj.threshold, sampled=traj.sampled, **noisy(traj, t, transition)) for t in iterations], 1)
     (-clipped_objective(logp, logp.detach(), group_advantages(batch.rewards).flatten())).backward()
     wanted = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in showo.parameters()])
     assert (taken[0] - wanted).norm() < 1e-5 * wanted.norm() and wanted.norm() > 0
