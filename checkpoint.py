@@ -177,7 +177,7 @@ def first_line(error) -> str:
 # ------------------------------------------------------------------------------------------- the folder of a run
 
 SAME = ("model", "group_size", "unmask_steps", "transition", "trajectory", "inner_epochs", "no_kl", "seed")
-FREE = ("out", "resume", "wandb", "prompts_per_step", "eval_every", "sample_every", "save_every", "keep_last", "check_every")  # may change unsaid
+FREE = ("out", "resume", "wandb", "recipe", "prompts_per_step", "eval_every", "sample_every", "save_every", "keep_last", "check_every")  # may change unsaid
 ALARMS = {"ratio_max": 10.0, "approx_kl": 0.5, "kl_ref": 10.0}  # above it, the policy has left what sampled, or the reference, far behind
 
 

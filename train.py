@@ -1,7 +1,7 @@
 """Mask-GRPO (arXiv 2510.13418): RL for masked text-to-image models, one readable loop.
 
     python train.py --model shapes --no-kl --filter-low                     # minutes on 2 CPU cores
-    torchrun --nproc_per_node 8 train.py --no-kl --filter-low               # the paper's run on Show-o 512, CLIP reward
+    torchrun --nproc_per_node 8 train.py --no-kl --filter-low               # Show-o 512, CLIP reward, the paper's settings
     python train.py --model shapes --recipe best                            # what results/experiments favours
 
 One optimizer step: sample G pictures for each prompt (sample.py, Eq. 1-9), score them (reward.py), turn rewards into
@@ -129,7 +129,9 @@ def parse_args():
     chosen = first.parse_known_args()[0]
     p.set_defaults(**PRESETS["shapes" if chosen.model == "shapes" else "showo"], **RECIPES.get(chosen.recipe, {}))
     args = p.parse_args()
-    if args.recipe == "best" and not args.loss_steps:
+    if args.trajectory == "forward" and args.loss_steps_from == "critical":
+        p.error("--loss-steps-from critical ranks the iterations of a rollout, which --trajectory forward does not have; take first, last or random")
+    if args.recipe == "best" and args.trajectory == "forward" and not args.loss_steps:
         args.loss_steps = max(1, args.unmask_steps // 4)
     if args.loss_steps and args.loss_steps > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
@@ -520,7 +522,7 @@ def main():
             f"one step: {per_step} prompts x {args.group_size} = {per_step * args.group_size} pictures, x "
             f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations = "
             f"{per_step * args.group_size * len(loss_iterations(0, args))} trajectory steps, over all processes\n"
-            f"{flags_of(vars(args))}")
+            f"{flags_of(vars(args) | {'recipe': None})}")
 
     for line in checkpoint.differences(resumed, args, world) if resumed else ():
         log.say(line)

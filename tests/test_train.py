@@ -201,6 +201,7 @@ def test_only_groups_under_the_bar_are_sampled_again(monkeypatch, base):
     (["--loss-steps", "5"], "--loss-steps 5 is more than --unmask-steps 4"),
     (["--prompts", "absent.txt"], "--prompts absent.txt: cannot be read"),
     (["--prompts", "EMPTY"], "no prompts in it"),
+    (["--trajectory", "forward", "--loss-steps-from", "critical"], "ranks the iterations of a rollout"),
     (["--prompts", "BROKEN"], "line 2 is not JSON"),
     (["--prompts", "NOPROMPT"], 'line 1 has no "prompt"'),
     (["--prompts", "PLAIN"], "GenEval metadata"),
