@@ -51,7 +51,7 @@ PRESETS = {
                    lr=7e-4, warmup=3, weight_decay=0.0, reward="geneval:exact", eval_every=15, eval_n=8, sample_every=15,
                    save_every=15, micro_batch=256, filter_warmup=48)}
 RECIPES = {"paper": dict(no_kl=True, filter_low=True, transition="p1"),                 # Sec. 3.2, 3.3
-           "best": dict(no_kl=True, filter_low=True, trajectory="forward")}             # results/experiments; and --loss-steps T // 4
+           "best": dict(no_kl=True, filter_low=True, loss_steps_from="last")}           # results/experiments; and --loss-steps T // 4
 
 
 def flags_of(values):
@@ -131,7 +131,7 @@ def parse_args():
     args = p.parse_args()
     if args.trajectory == "forward" and args.loss_steps_from == "critical":
         p.error("--loss-steps-from critical ranks the iterations of a rollout, which --trajectory forward does not have; take first, last or random")
-    if args.recipe == "best" and args.trajectory == "forward" and not args.loss_steps:
+    if args.recipe == "best" and not args.loss_steps:
         args.loss_steps = max(1, args.unmask_steps // 4)
     if args.loss_steps and args.loss_steps > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
@@ -282,11 +282,12 @@ def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> B
 
 
 def picture_change(traj, magvit, G):
-    """By how much each iteration changes the picture that is predicted: mean absolute difference of pixels, summed over the first
-    pictures of all groups -> Float[T]. What MaskFocus (arXiv 2512.18766) ranks iterations by is taken in this plainest form."""
+    """By how much the picture that each iteration predicts differs from that of the iteration before: mean absolute difference of pixels,
+    summed over the first pictures of all groups -> Float[T]. What MaskFocus (arXiv 2512.18766) ranks iterations by, a step's gain of
+    information, is taken in this plainest form."""
     predicted = magvit.decode(traj.predicted[:, ::G].flatten(0, 1)).unflatten(0, (len(traj.predicted), -1))     # (T, P, 3, H, W)
     change = predicted.diff(dim=0).abs().mean((2, 3, 4)).sum(1)
-    return all_sum(torch.nn.functional.pad(change, (0, 1)))     # after the last iteration nothing is predicted
+    return all_sum(torch.nn.functional.pad(change, (1, 0)))     # before the first iteration nothing is predicted
 
 
 def policy_of(showo, prompt, G):

@@ -168,11 +168,11 @@ def test_critical_iterations_are_those_that_change_the_prediction_most(base):
     args = arguments(loss_steps=2, loss_steps_from="critical")
     traj = batch_of_rollouts(showo, args).traj
     traj.predicted = traj.predicted[:1].repeat(4, 1, 1)
-    traj.predicted[2:, 0] = (traj.predicted[0, 0] + 7) % showo.K          # another picture from iteration 2 on, after the move of iteration 1
+    traj.predicted[2:, 0] = (traj.predicted[0, 0] + 7) % showo.K          # another picture from iteration 2 on
     traj.predicted[3, 4, :3] = (traj.predicted[0, 4, :3] + 7) % showo.K
     change = train.picture_change(traj, magvit, 4)
-    assert change[0] == change[3] == 0 and change[1] > change[2] > 0
-    assert train.loss_iterations(0, args, change) == [1, 2]
+    assert change[0] == change[1] == 0 and change[2] > change[3] > 0
+    assert train.loss_iterations(0, args, change) == [2, 3]
 
 
 def test_only_groups_under_the_bar_are_sampled_again(monkeypatch, base):
