@@ -70,7 +70,7 @@ FOUND = {
           "objects (2.23, so that exact is 0.572), with 0.1 it does not (0.659). Three seeds do not tell these apart, nor confirm the paper's 0.73 and 0.62.",
     "groups": "Not told apart; against the prediction 4 x 24 is no worse.",
     "epochs": "With p2 two epochs are ahead of one and four of two (0.56, 0.63, 0.68), but seeds do not tell them apart. With p1 the sum's ratios "
-              "run away (medians over steps of 1e6 to 5e14), and the policy with them (exact 0.182); the mean keeps them at 6 to 28 and still clips a "
+              "run away (medians over steps of 2e6 to 5e14), and the policy with them (exact 0.182); the mean keeps them at 6 to 28 and still clips a "
               "fifth, without a clear gain over one epoch.",
     "reduction": "Against the prediction the last quarter is as good as all 16, and the first half or quarter falls below the base, with p1's mean too: the "
                  "surest tokens come first, so this base draws ground for 12 iterations and 99% of its objects in the last four (look); "
