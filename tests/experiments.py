@@ -193,7 +193,7 @@ def report():
         "# Experiments on the tiny base", "", "Written by `python tests/experiments.py report` from rows.jsonl; two runs at a time, one core each (AMD EPYC, "
         "torch 2.13.0).", "", "overall: GenEval's score at the last evaluation, with its 95% interval over seeds (Student's t); exact, objects (1.98 are "
         "asked) and families: at the last evaluation too. Means over steps: reward mean; resampled, groups of a step (12) sampled again; adv zero, the share of "
-        "pictures without an advantage; s, seconds (identical runs differ by up to a fifth); clip fraction, kl ref. Medians over steps: ratio max, approx kl."]
+        "pictures without an advantage; s, seconds (identical runs differ by up to a quarter); clip fraction, kl ref. Medians over steps: ratio max, approx kl."]
     for name, mine in arms().items():
         rows = {arm: [there[key] for key in ((flags(arm_flags), seed) for seed in SEEDS.get(name, (1, 2, 3))) if key in there] for arm, arm_flags in mine.items()}
         rows = {arm: found for arm, found in rows.items() if found}
