@@ -244,7 +244,7 @@ def add_model_flags(p):
     p.add_argument("--temperature", type=in_range(float, 0), default=1.0, help="of the Gumbel noise in choose-and-move")
     p.add_argument("--schedule", choices=["cosine", "linear"], default="cosine")
     p.add_argument("--annealing", choices=["compound", "linear", "none"], default="compound", help="of the temperature; compound is Show-o's")
-    p.add_argument("--batch", type=in_range(int, 1), help="pictures at a time (default: 8; shapes 256)")
+    p.add_argument("--batch", type=in_range(int, 1), help="pictures at a time, at least those of one prompt (default: 8; shapes 256)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the weights, cast while loading; auto: bf16 on a GPU")
 

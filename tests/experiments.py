@@ -18,9 +18,17 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import shapes  # noqa: E402
+from model import load_magvit, load_showo, to_uint8  # noqa: E402
+from sample import rollout, transition_log_prob  # noqa: E402
+from train import flags_of  # noqa: E402
+
 OUT = ROOT / "results/experiments"
 SEEDS = {"recipe": (4, 5, 6, 7, 8), "epochs-again": (4, 5, 6, 7, 8),     # fresh ones, since their arms were chosen on the others
          "kl": range(1, 9), "filter": range(1, 9)}   # since three told nothing
@@ -81,8 +89,9 @@ FOUND = {
                  "the critical ones do nearly as well. T 8 and T 5 lose 0.18 and 0.23, more than predicted, and end with too few objects."}
 SHOW = {"transition": ("exact", "objects", "reward_mean"), "kl": ("exact", "objects", "kl_ref"), "filter": ("exact", "resampled", "adv_zero", "s_step"),
         "reduction": ("exact", "objects", "s_update", "s_step"), "epochs": ("exact", "clip_fraction", "ratio_max", "approx_kl"),
-        "epochs-again": ("exact", "clip_fraction", "ratio_max", "approx_kl", "s_step"), "groups": ("exact", "adv_zero", "resampled"), "transfer": ("single_object", "two_object", "colors", "color_attr", "counting", "position"),
-        "beyond": ("exact", "objects", "s_update"), "recipe": ("exact", "objects", "s_step")}
+        "epochs-again": ("exact", "clip_fraction", "ratio_max", "approx_kl", "s_step"), "groups": ("exact", "adv_zero", "resampled"),
+        "transfer": ("single_object", "two_object", "colors", "color_attr", "counting", "position"), "beyond": ("exact", "objects", "s_update"),
+        "recipe": ("exact", "objects", "s_step")}
 
 
 def arms():
@@ -124,8 +133,7 @@ def arms():
 
 def flags(arm):
     """The flags of train.py for an arm, as one line; FOUR stands for a file of training prompts."""
-    return " ".join(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in {**DEFAULT, **arm}.items()
-                    if value is not False)
+    return flags_of({**DEFAULT, **arm})
 
 
 def made():
@@ -139,8 +147,6 @@ def one(line, seed):
     with tempfile.TemporaryDirectory() as folder:
         four = Path(folder) / "four.jsonl"
         if "FOUR" in line:
-            sys.path.insert(0, str(ROOT))
-            import shapes
             four.write_text("".join(json.dumps(row) + "\n" for row in shapes.prompts("train") if row["tag"] not in ("position", "counting")))
         command = [sys.executable, str(ROOT / "train.py"), *line.replace("FOUR", str(four)).split(), "--seed", str(seed), "--out", f"{folder}/run"]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -219,12 +225,6 @@ def look():
     """Eq. 14 taken apart on the base: at each of 16 iterations the share of newly unmasked tokens that show an object, the two factors'
     log-probability, and the norm of the gradient that each sends to the weights when pictures are weighed by a random sign, as advantages
     do -> results/experiments/p1.json."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    import shapes
-    from model import load_magvit, load_showo, to_uint8
-    from sample import rollout, transition_log_prob
     showo = load_showo("shapes")
     prompts = showo.encode([line["prompt"] for line in shapes.prompts("train", 96)])
     with torch.no_grad():

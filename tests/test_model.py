@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import DATA, ROOT, read_json
 from safetensors.torch import load_file, save_file
 
+from checkpoint import fetch
 from model import Gelu, InputError, MAGVITv2, Showo, load_magvit, load_showo, read_weights, to_uint8
 
 TOKENIZER = DATA / "prompting/tokenizer"
@@ -204,6 +206,18 @@ for name in ("somebody/half", "somebody/absent"):
     assert main == pytest.approx(showo.showo.lm_head.bias.double().mean().item()) and at == revision == pytest.approx(main + 1)
     for said, name in ((half, "somebody/half"), (absent, "somebody/absent")):
         assert said.startswith(f"{name}: ") and "config.json" in said and "pytorch_model" in said and f"hf download {name}" in said
+
+
+@pytest.mark.parametrize("there, taken", [(["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+                                          (["pytorch_model.bin.index.json", "pytorch_model-1.bin"], ["pytorch_model-1.bin", "pytorch_model.bin.index.json"])])
+def test_of_weights_in_two_formats_one_is_fetched(monkeypatch, tmp_path, there, taken):
+    def snapshot(name, *, allow_patterns, ignore_patterns, **_):
+        for file in huggingface_hub.utils.filter_repo_objects(["config.json", *there], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).touch()
+        return str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    fetch("somebody/tiny", ["config", "weights"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", *taken]
 
 
 def test_save_and_load_again(showo, tmp_path):
