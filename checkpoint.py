@@ -141,10 +141,10 @@ def fetch(path_or_hub_id, needed, optional=(), revision=None) -> Path:
     from huggingface_hub import constants, snapshot_download
     revision, missing = revision or pinned or None, needed
     try:
-        for without in (["*.bin", "*.bin.index.json"], None):  # where weights lie in both formats, one is enough
+        for without in (["*.bin", "*.bin.index.json"], None) if "weights" in needed else (None,):  # of weights in both formats one is enough
             path = Path(snapshot_download(name, revision=revision, local_files_only=constants.HF_HUB_OFFLINE, ignore_patterns=without,
                                           allow_patterns=[f for kind in (*needed, *optional) for f in FILES.get(kind, [kind])]))
-            if "weights" not in needed or any(path.glob("*model*.safetensors")):
+            if any(path.glob("*model*.safetensors")):
                 break
         missing = [kind for kind in needed if not any(True for pattern in FILES.get(kind, [kind]) for _ in path.glob(pattern))]
         why = "the repository, or its copy in the hub's cache, lacks them"
