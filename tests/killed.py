@@ -16,7 +16,7 @@ import train  # noqa: E402
 
 torch.set_num_threads(1)  # and no thread is ever started here, so that fork() is safe
 OUT, PHASES = Path(sys.argv[1]), {"rollout": (train, "collect"), "update": (train, "update"), "saving": (checkpoint, "save")}
-FLAGS = ("--model shapes --no-kl --filter-low --filter-warmup 4 --steps 40 --prompts-per-step 3 --group-size 4 --unmask-steps 8 --eval-every 0 "
+FLAGS = ("--model shapes --no-kl --filter-low --filter-warmup 4 --steps 40 --prompts-per-step 3 --group-size 4 --unmask-steps 4 --eval-every 0 "
          "--sample-every 0 --save-every 1 --keep-last 2 --lr 1e-3").split()
 
 

@@ -51,7 +51,7 @@ def same(a, b):
 
 
 def test_a_seed_fixes_everything_and_a_resumed_run_is_the_run(monkeypatch, tmp_path):
-    flags = ("--filter-low", "--filter-warmup", 4, "--max-resample", 2, "--inner-epochs", 2, "--steps", 6, "--save-every", 3)
+    flags = ("--filter-low", "--filter-warmup", 4, "--max-resample", 2, "--inner-epochs", 2, "--steps", 6, "--save-every", 3, "--prompts-per-step", 4)
     call(monkeypatch, "--out", tmp_path / "straight", *flags)
     call(monkeypatch, "--out", tmp_path / "again", *flags)
     same(tmp_path / "straight", tmp_path / "again")
@@ -142,9 +142,9 @@ def test_damaged_checkpoints_are_passed_over_and_old_ones_dropped(monkeypatch, t
 
 def test_a_run_stopped_before_it_saved_begins_again(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "save", lambda *_: None)
-    call(monkeypatch, "--out", tmp_path / "run", "--eval-every", 2, "--eval-n", 1)
+    call(monkeypatch, "--out", tmp_path / "run", "--eval-every", 2, "--eval-n", 1, "--eval-unmask-steps", 4)
     rows, evals = metrics(tmp_path / "run"), (tmp_path / "run/eval.jsonl").read_text()
-    call(monkeypatch, "--out", tmp_path / "run", "--eval-every", 2, "--eval-n", 1, "--resume")
+    call(monkeypatch, "--out", tmp_path / "run", "--eval-every", 2, "--eval-n", 1, "--eval-unmask-steps", 4, "--resume")
     assert metrics(tmp_path / "run") == rows and (tmp_path / "run/eval.jsonl").read_text() == evals
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import checkpoint
 import train
 
-FLAGS = ("--model shapes --no-kl --filter-low --steps 2 --prompts-per-step 4 --group-size 4 --unmask-steps 16 --filter-warmup 6 "
+FLAGS = ("--model shapes --no-kl --filter-low --steps 2 --prompts-per-step 4 --group-size 4 --unmask-steps 8 --filter-warmup 6 "
          "--filter-percentile 90 --eval-every 2 --eval-n 1 --sample-every 0").split()
 
 

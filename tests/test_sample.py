@@ -254,14 +254,15 @@ def test_marginals_are_those_of_a_plain_sampler():
     from scipy.stats import chi2
 
     from model import load_showo
+    from train import policy_of
     showo = load_showo(DATA / "showo/checkpoint", tokenizer=DATA / "prompting/tokenizer")
     T, B, times, g = 3, 200, 100, torch.Generator().manual_seed(0)
     prompt = showo.prefill(showo.encode(["a red cat"], 16))
     text, shared = showo.encode(["a red cat"], 16).ids[0], prompt.repeat(B)
     with torch.no_grad():
         plain = torch.cat([plain_sampler(showo, text, B, T, g) for _ in range(times)])
-        sample = lambda n, **how: torch.cat([rollout(lambda codes: showo.logits(codes, shared),  # noqa: E731
-                                                     B, showo.N, showo.K, T, generator=g, **how).codes for _ in range(n)])
+        sample = lambda n, **how: torch.cat([rollout(policy_of(showo, shared, B), B, showo.N, showo.K, T, generator=g,  # noqa: E731
+                                                     masked_only=True, **how).codes for _ in range(n)])
         ours, other = sample(times), sample(times // 4, annealing="none")
 
     def distance(a, b):

@@ -77,7 +77,7 @@ def spoilt(value):
 
 
 train.make_reward = spoilt(0.0)  # its groups are all under the bar, three times in each of these steps
-call("filtered", "--steps", 5, "--filter-low", "--filter-warmup", 1, "--max-resample", 2)
+call("filtered", "--steps", 5, "--unmask-steps", 16, "--filter-low", "--filter-warmup", 1, "--max-resample", 2)
 train.make_reward = spoilt(float("nan"))
 call("not-finite", "--steps", 5)
 try:
