@@ -66,8 +66,8 @@ PREDICTED = {
 FOUND = {
     "transition": "Eq. 14 as written is the worst of the paper's three, as predicted, and its early iterations are the cause: on the last 8 of 16 alone "
                   "p1 reaches 0.739 (reduction), and with the mean token's ratio, which at T = N and one epoch only weighs late iterations up to 16 times "
-                  "more, 0.767: against the prediction as good as p2. ar, best at 7e-4 and not at a smaller rate, is not told apart from p2, which contradicts the paper's Fig. "
-                  "1; gumbel, whose gradient grows as 1 / noise, does not get away from the base, far from between p1 and p2.",
+                  "more, 0.767: against the prediction as good as p2. ar, best at 7e-4 and not at a smaller rate, is not told apart from p2, which "
+                  "contradicts the paper's Fig. 1; gumbel, whose gradient grows as 1 / noise, does not get away from the base, far from between p1 and p2.",
     "beyond": "adv mean is within the noise, as predicted; ratio mean helps p1 alone. forward matches the rollout's trajectory, as predicted, and keeps "
               "0.739 on the first quarter of its iterations, where the rollout's first quarter ends at 0.287: its action is the whole picture.",
     "recipe": "forward and p1 with the mean lead p2 by 0.018 ± 0.030 and 0.010 ± 0.030, which tells them apart neither from p2 nor from the 0.03 to 0.04 "
@@ -84,8 +84,8 @@ FOUND = {
     "kl": "The paper's claim that training without KL bears less of a learning rate shows in one number: from 7e-4 to 2.8e-3 exact, which is what is "
           "rewarded, falls by 0.210 ± 0.104 without KL and by 0.081 ± 0.035 with beta 0.1 (difference 0.128 ± 0.105, eight seeds). In overall (0.136 ± "
           "0.079 and 0.069 ± 0.031), at 1.4e-3, and with beta 0.01 (0.185 ± 0.097) they are not told apart, and against the prediction 0.1 "
-          "does not hold the score either. At the best rate KL gains nothing, as predicted: 0.01 makes no difference (seed by seed 0.000 ± 0.016), 0.1 loses 0.025 ± 0.017, "
-          "and a step takes nearly twice as long; the paper has 0.73 without and 0.62 with it.",
+          "does not hold the score either. At the best rate KL gains nothing, as predicted: 0.01 makes no difference (seed by seed 0.000 ± 0.016), "
+          "0.1 loses 0.025 ± 0.017, and a step takes nearly twice as long; the paper has 0.73 without and 0.62 with it.",
     "groups": "Seed by seed 16 x 6 is 0.019 ± 0.004 below 8 x 12, the others are not told apart: against the prediction 4 x 24 is no worse, and 32 x 3 "
               "like 16 x 6.",
     "epochs": "With p2 two epochs lead one by 0.073 ± 0.046 on eight seeds (those of epochs-again too), and four are no better than two (0.006 ± 0.060), "
