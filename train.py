@@ -1,466 +1,421 @@
 """Mask-GRPO (arXiv 2510.13418): RL for masked text-to-image models, one readable loop.
 
-    python train.py --model shapes --no-kl --filter-low                     # minutes on 2 CPU cores
-    torchrun --nproc_per_node 8 train.py --no-kl --filter-low               # Show-o 512, CLIP reward, the paper's settings
-    python train.py --model shapes --recipe best                            # what results/experiments favours
+    python train.py --model shapes --no-kl --filter-low              # minutes on 2 CPU cores
+    torchrun --nproc_per_node 8 train.py --no-kl --filter-low        # Show-o 512, the paper's run
+    python train.py --model shapes --recipe best                     # what results/ favours
 
-One optimizer step: sample G pictures for each prompt (sample.py, Eq. 1-9), score them (reward.py), turn rewards into
-advantages (grpo.py, Eq. 12), and climb Eq. 10 over the T unmasking iterations (Eq. 11, 13-15).
+One optimizer step: sample G pictures for each prompt (sample.py, Eq. 1-9), score them (reward.py),
+turn rewards into advantages (grpo.py, Eq. 12), climb Eq. 10 over the T unmasking iterations.
 
 Departures from the paper:
-- the default transition is p2 (Eq. 15), which is what the released training really computes; --transition p1 is Eq. 14;
-- Eq. 10's mean runs over all groups of all processes; a group still under the filter's bar after --max-resample is used;
+- the default transition is p2 (Eq. 15), which the released training really computes;
+- a group still under the filter's bar after --max-resample tries is used;
 - a step in which something is not finite is skipped by all processes;
-- beyond it, off by default: --adv mean, --ratio mean, --trajectory forward, --loss-steps-from critical, --transition gumbel (whose
-  noise has a floor of 0.05 here: the gradient grows as 1 / noise);
-- prompts: LAION captions cannot be shipped, prompts/train.txt holds captions of our own making.
-Randomness is a function of (seed, step, prompt slot), so a run is the same when resumed, and on another number of processes
-that together take as many prompts a step (but for the last digits, where other prompts share a batch).
+- LAION captions cannot be shipped: prompts/train.txt holds captions of our own making;
+- beyond it, off by default: --adv mean, --ratio mean, --trajectory forward.
+From the released training: gradients are averaged over all processes, clipped to norm 1; weight
+decay is on all weights; warm-up times a cosine; bf16 products, where there is fp16.
+
+Random numbers are functions of (seed, step, prompt slot): a run is the same when it is resumed, and
+on any number of processes that take as many prompts a step (but for the last digits of sums).
 """
-import argparse
 import contextlib
-import functools
 import importlib.util
 import math
 import os
 import random
 import time
+from argparse import BooleanOptionalAction
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import checkpoint
+import common
 import shapes
-from eval_geneval import is_geneval, verdicts
+from checkpoint import InputError, first_line
+from common import all_cat, all_sum, in_range
+from eval_geneval import is_geneval, unknown_words, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
-from model import InputError, Prompt, load_showo, to_uint8
+from model import describe, is_shapes, load_models, to_uint8
 from reward import make_reward
-from sample import (Parser, Trajectory, barrier, generate, grid, half_or_float, in_range, load_models, mask_schedule, peak_gib, read_prompts, remask,
-                    rollout, run, setup, temperatures, transition_log_prob)
+from sample import Trajectory, generate, remask, rollout, transition_log_prob
 
 PRESETS = {
-    "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, eval_unmask_steps=50, eval_guidance=5.0,
-                  lr=3e-6, warmup=62, weight_decay=0.02, reward="clip", eval_every=0, eval_n=1, sample_every=50, save_every=100,
-                  micro_batch=6, filter_warmup=50),
-    "shapes": dict(steps=45, group_size=8, prompts_per_step=24, unmask_steps=16, eval_unmask_steps=16, eval_guidance=0.0,
-                   lr=7e-4, warmup=3, weight_decay=0.0, reward="geneval:exact", eval_every=15, eval_n=8, sample_every=15,
-                   save_every=15, micro_batch=256, filter_warmup=48)}
-RECIPES = {"paper": dict(no_kl=True, filter_low=True, transition="p1"),                 # Sec. 3.2, 3.3
-           "best": dict(no_kl=True, filter_low=True, loss_steps_from="last")}           # results/experiments; and --loss-steps T // 4
-
-
-def flags_of(values):
-    """Flags as one line: {"no_kl": True, "lr": 3e-6} -> --no-kl --lr 3e-06."""
-    return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in values.items()
-                    if value is not None and value is not False)
+    "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, lr=3e-6, warmup=62,
+                  weight_decay=0.02, micro_batch=6, filter_warmup=50, reward="clip", eval_every=0,
+                  eval_n=1, eval_unmask_steps=50, eval_guidance=5.0, sample_every=50,
+                  save_every=100),
+    "shapes": dict(steps=45, group_size=8, prompts_per_step=24, unmask_steps=16, lr=7e-4, warmup=3,
+                   weight_decay=0.0, micro_batch=256, filter_warmup=48, reward="geneval:exact",
+                   eval_every=15, eval_n=8, eval_unmask_steps=16, eval_guidance=0.0,
+                   sample_every=15, save_every=15)}
+RECIPES = {
+    "paper": dict(kl=False, filter_low=True, transition="p1"),             # Sec. 3.2, 3.3
+    "best": dict(kl=False, filter_low=True, loss_steps_from="last")}       # results/experiments
+NOT_TAGS = ("step", "overall", "exact", "objects", "objects_asked")
+MUST_MATCH = ("model", "group_size", "unmask_steps", "transition", "trajectory", "inner_epochs",
+              "kl", "seed")
+MAY_CHANGE = ("out", "resume", "wandb", "recipe", "eval_every", "sample_every", "save_every",
+              "keep_last")
 
 
 def parse_args():
-    """The flags, with the defaults of --model filled in; a bad one ends the program with one line and exit code 2."""
-    p = Parser("Train a masked text-to-image model with Mask-GRPO. Defaults with --model shapes differ; they are printed at the start.")
-    g = p.add_argument_group("what")
-    g.add_argument("--model", default="showlab/show-o-512x512", help="hub id, folder or state_dict of Show-o; shapes = the tiny base")
-    g.add_argument("--revision", help="commit or tag of the model's hub repository; ID@REVISION does the same for any hub id")
-    g.add_argument("--vq", help="hub id or folder of MAGVIT-v2 (default: showlab/magvitv2, or that of shapes)")
-    g.add_argument("--tokenizer", help="hub id or folder of the text tokenizer (default: the model's own, or microsoft/phi-1_5)")
-    g.add_argument("--prompts", help="txt, or jsonl with prompt, optional reward_prompt and metadata (default: prompts/train.txt)")
-    g.add_argument("--reward", help="see reward.py: clip, geneval:exact, or a weighted sum")
-    g.add_argument("--offload-reward", action="store_true", help="reward models wait on the CPU while they do not score")
-    g.add_argument("--out", help="output folder (default: a new one under runs/)")
-    g.add_argument("--resume", nargs="?", const="auto", help="continue: the newest checkpoint in --out, or this checkpoint folder")
-    g = p.add_argument_group("the method")
-    g.add_argument("--recipe", choices=list(RECIPES), help="; ".join(f"{name}: {flags_of(recipe)}" for name, recipe in RECIPES.items())
-                   + " --loss-steps a quarter of T; flags given beside it win")
-    g.add_argument("--steps", type=in_range(int, 1), help="optimizer steps with fresh rollouts")
-    g.add_argument("--group-size", type=in_range(int, 2, 4096), help="G, pictures per prompt")
-    g.add_argument("--prompts-per-step", type=in_range(int, 1), help="prompts per optimizer step and process")
-    g.add_argument("--unmask-steps", type=in_range(int, 1), help="T while training (fewer = the paper's unmasking reduction)")
-    g.add_argument("--transition", choices=["p1", "p2", "ar", "gumbel"], default="p2",
-                   help="Eq. 14, 15 or 13; gumbel: Eq. 14 under the sampler's own noise")
-    g.add_argument("--trajectory", choices=["rollout", "forward"], default="rollout", help="forward: states are random re-maskings of the final "
-                   "picture, the action at each is that picture (UDM-GRPO); --transition has no effect")
-    g.add_argument("--adv", choices=["std", "mean"], default="std", help="Eq. 12; mean: not divided by the standard deviation (Dr. GRPO)")
-    g.add_argument("--ratio", choices=["sum", "mean"], default="sum", help="Eq. 11; mean: of the mean token of an iteration (GSPO)")
-    g.add_argument("--clip-low", type=in_range(float, 0, 1), default=0.9, help="lower bound of the ratio, 1 - e_low")
-    g.add_argument("--clip-high", type=in_range(float, 1), default=1.2, help="upper bound of the ratio, 1 + e_high")
-    g.add_argument("--no-kl", action="store_true", help="beta = 0: no reference model in memory")
-    g.add_argument("--kl", dest="no_kl", action="store_false", default=argparse.SUPPRESS, help="the opposite, against a recipe")
-    g.add_argument("--kl-beta", type=in_range(float, 0), default=0.01, help="beta of Eq. 10")
-    g.add_argument("--filter-low", action=argparse.BooleanOptionalAction, default=False,
-                   help="sample a group again when its reward std is low (Sec. 3.3)")
-    g.add_argument("--filter-percentile", type=in_range(float, 0, 100), default=10.0, help="of the history of group stds")
-    g.add_argument("--filter-warmup", type=in_range(int, 1), help="groups to see before the filter acts")
-    g.add_argument("--max-resample", type=in_range(int, 1, 100), default=1, help="times a group is sampled again at most")
-    g.add_argument("--loss-steps", type=in_range(int, 1), help="computational reduction: iterations in the loss (default: all)")
-    g.add_argument("--loss-steps-from", choices=["first", "last", "random", "critical"], default="first",
-                   help="which; critical: those at which the predicted picture changes most (MaskFocus)")
-    g.add_argument("--inner-epochs", type=in_range(int, 1, 100), default=1, help="optimizer steps on the same rollouts")
-    g.add_argument("--temperature", type=in_range(float, 0), default=1.0, help="of the Gumbel noise in choose-and-move")
-    g = p.add_argument_group("optimizer")
-    g.add_argument("--lr", type=in_range(float, 0), help="peak learning rate; the paper: 3e-6 without KL, 5e-6 with")
-    g.add_argument("--warmup", type=in_range(int, 0), help="linear warm-up steps, times a cosine from the start to 0 at the end")
-    g.add_argument("--weight-decay", type=in_range(float, 0))
-    g.add_argument("--max-grad-norm", type=in_range(float, 0), default=1.0, help="0 = no clipping")
-    g.add_argument("--micro-batch", type=in_range(int, 1), help="pictures per forward pass, in rollout and update; memory only")
-    g.add_argument("--grad-checkpoint", action="store_true", help="compute layers again in the backward pass: less memory, a third more work")
-    g.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the computation; weights stay fp32; auto: bf16 on a GPU")
-    g.add_argument("--fsdp", action="store_true", help="optimizer state, and between steps weights and gradients, in shards over the processes")
-    g.add_argument("--seed", type=in_range(int, 0, 2 ** 31), default=42)
-    g = p.add_argument_group("watching")
-    g.add_argument("--eval-every", type=in_range(int, 0), help="steps between evaluations, 0 = none")
-    g.add_argument("--eval-n", type=in_range(int, 1), help="pictures per evaluation prompt")
-    g.add_argument("--eval-unmask-steps", type=in_range(int, 1), help="T when evaluating")
-    g.add_argument("--eval-guidance", type=in_range(float, 0), help="guidance when evaluating; training uses none")
-    g.add_argument("--eval-prompts", help="as --prompts (default: 63 held-out prompts of shapes, else 8 lines of prompts/eval.txt)")
-    g.add_argument("--sample-every", type=in_range(int, 0), help="steps between picture grids, 0 = none")
-    g.add_argument("--save-every", type=in_range(int, 0), help="steps between checkpoints, 0 = only the last")
-    g.add_argument("--keep-last", type=in_range(int, 0), default=0, help="checkpoints to keep, 0 = all")
-    g.add_argument("--check-every", type=in_range(int, 0), default=50, help="steps between comparisons of the processes' parameters, 0 = none")
-    g.add_argument("--max-bad-steps", type=in_range(int, 1), default=20, help="steps skipped (a reward, loss or gradient not finite) that end a run")
-    g.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--model", "--recipe"):
-        first.add_argument(flag, nargs="?")
-    chosen = first.parse_known_args()[0]
-    p.set_defaults(**PRESETS["shapes" if chosen.model == "shapes" else "showo"], **RECIPES.get(chosen.recipe, {}))
+    """Return the flags, with the defaults of --model and --recipe filled in."""
+    p = common.Parser("Train a masked text-to-image model with Mask-GRPO. Defaults for "
+                      "--model shapes differ; all flags are printed at the start.")
+    whole, positive, at_least_0 = in_range(int, 0), in_range(int, 1), in_range(float, 0)
+    add = p.add_argument_group("what").add_argument
+    common.add_model_flags(add)
+    add("--prompts", help="txt, or jsonl with metadata (default: prompts/train.txt)")
+    add("--reward", help="see reward.py: clip, geneval:exact, or a weighted sum")
+    add("--reward-timeout", type=at_least_0, default=120.0, help="seconds for a server's answer")
+    add("--reward-patience", type=at_least_0, default=300.0, help="seconds to ask a server again")
+    add("--out", help="output folder (default: a new one under runs/)")
+    add("--resume", nargs="?", const="auto", help="the newest checkpoint in --out, or this one")
+    add("--seed", type=in_range(int, 0, 2 ** 31), default=42)
+
+    add = p.add_argument_group("the method").add_argument
+    add("--recipe", choices=list(RECIPES), help="paper: --no-kl --filter-low --transition p1; best:"
+        " --no-kl --filter-low, the last quarter of the iterations; other flags win")
+    add("--steps", type=positive, help="optimizer steps with fresh rollouts")
+    add("--group-size", type=in_range(int, 2, 4096), help="G, pictures per prompt")
+    add("--prompts-per-step", type=positive, help="per process")
+    add("--unmask-steps", type=positive, help="T while training (fewer: unmasking reduction)")
+    add("--transition", choices=["p1", "p2", "ar"], default="p2", help="Eq. 14, 15 or 13")
+    add("--trajectory", choices=["rollout", "forward"], default="rollout",
+        help="forward: the action at random re-maskings is the final picture (UDM-GRPO)")
+    add("--adv", choices=["std", "mean"], default="std", help="Eq. 12, or undivided (Dr. GRPO)")
+    add("--ratio", choices=["sum", "mean"], default="sum", help="Eq. 11, or of a token (GSPO)")
+    add("--clip-low", type=in_range(float, 0, 1), default=0.9, help="1 - e_low")
+    add("--clip-high", type=in_range(float, 1), default=1.2, help="1 + e_high")
+    add("--kl", action=BooleanOptionalAction, default=True, help="no: no reference in memory")
+    add("--kl-beta", type=at_least_0, default=0.01, help="beta of Eq. 10")
+    add("--filter-low", action=BooleanOptionalAction, default=False,
+        help="sample a group again when its reward std is low (Sec. 3.3)")
+    add("--filter-percentile", type=in_range(float, 0, 100), default=10.0, help="of past stds")
+    add("--filter-warmup", type=positive, help="groups to see before the filter acts")
+    add("--max-resample", type=in_range(int, 1, 100), default=1, help="tries for each group")
+    add("--loss-steps", type=positive, help="computational reduction (default: all T)")
+    add("--loss-steps-from", choices=["first", "last", "random"], default="first")
+    add("--inner-epochs", type=in_range(int, 1, 100), default=1, help="on the same rollouts")
+
+    add = p.add_argument_group("optimizer").add_argument
+    add("--lr", type=at_least_0, help="peak; the paper: 3e-6 without KL, 5e-6 with it")
+    add("--warmup", type=whole, help="linear warm-up steps, times a cosine over all steps")
+    add("--weight-decay", type=at_least_0)
+    add("--max-grad-norm", type=at_least_0, default=1.0, help="0 = no clipping")
+    add("--micro-batch", type=positive, help="pictures per forward pass; memory only")
+    add("--grad-checkpoint", action="store_true", help="less memory, a third more work")
+    add("--zero", action="store_true", help="shard the optimizer state over processes (ZeRO-1)")
+
+    add = p.add_argument_group("watching").add_argument
+    add("--eval-every", type=whole, help="steps between evaluations, 0 = none")
+    add("--eval-n", type=positive, help="pictures per evaluation prompt")
+    add("--eval-unmask-steps", type=positive, help="T when evaluating")
+    add("--eval-guidance", type=at_least_0, help="training uses none")
+    add("--eval-prompts", help="as --prompts (default: shapes' held-out ones, prompts/eval.txt)")
+    add("--sample-every", type=whole, help="steps between grids, 0 = none")
+    add("--save-every", type=whole, help="steps between checkpoints, 0 = only the last")
+    add("--keep-last", type=whole, default=0, help="checkpoints, 0 = all")
+    add("--max-bad-steps", type=positive, default=20, help="skipped steps that end a run")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
+
+    p.set_defaults(**PRESETS["showo"])
+    chosen, _ = p.parse_known_args()
+    preset = PRESETS["shapes" if is_shapes(chosen.model) else "showo"]
+    p.set_defaults(**preset, **RECIPES.get(chosen.recipe, {}))
     args = p.parse_args()
-    if args.trajectory == "forward" and args.loss_steps_from == "critical":
-        p.error("--loss-steps-from critical ranks the iterations of a rollout, which --trajectory forward does not have; take first, last or random")
+    check_flags(p, args)
+    return args
+
+
+def check_flags(p, args):
+    """End the program with one line when flags do not fit each other."""
     if args.recipe == "best" and not args.loss_steps:
         args.loss_steps = max(1, args.unmask_steps // 4)
     if args.loss_steps and args.loss_steps > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         p.error("--wandb needs the package: pip install wandb")
-    if args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        p.error("--fsdp shards over processes: start train.py with torchrun --nproc_per_node N")
+    if args.zero and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        p.error("--zero shards over processes: start with torchrun --nproc_per_node N")
     if args.resume == "auto" and not args.out:
         p.error("--resume without a checkpoint needs --out, the folder of the run to continue")
-    return args
 
 
-# ------------------------------------------------------------------------------------------------ processes
-
-def all_sum(tensor):
-    """The sum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def all_cat(tensor):
-    """The equally shaped tensors of all processes, in the order of ranks, joined along dim 0."""
-    if not dist.is_initialized():
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
-
-
-def all_lists(items):
-    """The lists of all processes, joined."""
-    if not dist.is_initialized():
-        return items
-    lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
-
-
-def sum_gradients(showo):
-    """Add up the gradients of all processes, once per optimizer step -> the parameters that the optimizer knows. With --fsdp each
-    process goes on with its shards; since nothing is exchanged before, processes may take different numbers of passes."""
-    whole = list(showo.parameters())
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in whole]
-    if not isinstance(showo, FSDPModule):
-        for p, gradient in zip(whole, gradients):
-            p.grad = all_sum(gradient)
-        return whole
-    for p in whole:
-        p.grad = None
-    showo.reshard()
-    for p, gradient in zip(showo.parameters(), gradients):
-        p.grad = DTensor.from_local(gradient, p.device_mesh, [Partial()]).redistribute(placements=p.placements)
-    return list(showo.parameters())
-
-
-def generator(device, *key):
-    """A random state that depends on the key alone."""
-    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
-
-
-def prompt_at(slot, n, seed):
-    """Which of n prompts comes in a slot of the run: a new shuffle every n slots."""
-    epoch, place = divmod(slot, n)
-    return shuffled(n, seed, epoch)[place]
-
-
-@functools.lru_cache(2)
-def shuffled(n, seed, epoch):
-    return torch.randperm(n, generator=generator("cpu", seed, "prompts", epoch)).tolist()
-
-
-# ---------------------------------------------------------------------------------------------- one step
+# ------------------------------------------------------------------------------ rollouts
 
 @dataclass
 class Batch:
-    """The rollouts of one step on this process: P prompts of G pictures, B = P * G rows, the rows of a group together."""
-    texts: list                     # P prompts
-    prompt: Prompt
-    traj: Trajectory
-    rewards: torch.Tensor           # Float (P, G)
-    log: dict                       # parts of the reward, Float (P, G) each
-    resampled: int = 0              # groups sampled again
-    change: torch.Tensor | None = None  # Float (T,), see picture_change()
+    """The rollouts of a step on this process: P groups of G pictures, B = P * G rows, the rows of a
+    group together."""
+    examples: list[dict]        # P entries of the prompt file
+    traj: Trajectory            # of B rows
+    rewards: torch.Tensor       # Float (P, G)
+    parts: dict                 # every part of the reward on its own, Float (P, G)
+    fault: str | None = None    # why there are no rewards
+
+    def replace(self, groups, other):
+        """Put the groups of another batch in the place of some of this one."""
+        G = self.rewards.shape[1]
+        self.traj[[i * G + j for i in groups for j in range(G)]] = other.traj
+        self.rewards[groups] = other.rewards
+        self.fault = self.fault or other.fault
+        for name, part in other.parts.items():
+            self.parts[name][groups] = part
 
 
-def keeps(args) -> dict:
-    """What a rollout must keep for the loss."""
-    return dict(keep_sampled=args.transition == "ar", keep_cut=args.transition == "gumbel", keep_predicted=args.loss_steps_from == "critical")
+def generator(device, *key):
+    """Return a random state that depends on the key alone."""
+    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
-def empty_batch(lines, showo, args):
-    """A Batch of the right shapes, to be filled."""
-    P, G, T, device = len(lines), args.group_size, args.unmask_steps, showo.device
-    long = lambda *shape: torch.zeros(*shape, showo.N, dtype=torch.long, device=device)  # noqa: E731
-    sampled, cut, predicted = keeps(args).values()
-    traj = Trajectory(long(P * G), long(P * G), torch.zeros(P * G, T, device=device), long(T, P * G) if sampled else None,
-                      torch.zeros(P * G, T, 2, device=device) if cut else None, long(T, P * G) if predicted else None)
-    texts = [line["prompt"] for line in lines]
-    return Batch(texts, showo.encode(texts).repeat(G), traj, torch.zeros(P, G), {})
+def example_at(slot, examples, seed):
+    """Return the example in a slot of the run: a new shuffle whenever all have had their turn."""
+    epoch, place = divmod(slot, len(examples))
+    order = torch.randperm(len(examples), generator=generator("cpu", seed, "prompts", epoch))
+    return examples[order[place]]
 
 
-def collect(step, lines, args, showo, magvit, reward, sample_filter, clock) -> Batch:
-    """Roll out, decode and score the groups of this step; with a filter, groups of low reward std again (Sec. 3.3).
+def sample_and_score(examples, keys, args, showo, magvit, reward, clock) -> Batch:
+    """Roll out G pictures of each example (Eq. 1-9), decode and score them.
 
-    All processes judge all groups against one common history, in lockstep, so they agree on when to stop."""
-    P, G, device = len(lines), args.group_size, showo.device
-    first = P * (dist.get_rank() if dist.is_initialized() else 0)               # prompt slot of this process's first group
-    batch, pending = empty_batch(lines, showo, args), torch.ones(P, dtype=torch.bool)
-    for attempt in range(1 + args.max_resample):
-        if pending.any():
-            chosen, rows = pending.nonzero()[:, 0].tolist(), pending.repeat_interleave(G).nonzero()[:, 0].to(device)
-            asked = [lines[i] for i in chosen for _ in range(G)]
-            per = max(1, args.micro_batch // G)                                                 # groups in one batch
-            with clock("rollout"), torch.no_grad(), showo.autocast():
-                for some in (chosen[k:k + per] for k in range(0, len(chosen), per)):
-                    at_rows = torch.tensor([i * G + g for i in some for g in range(G)], device=device)
-                    prompt = showo.prefill(batch.prompt[at_rows])
-                    traj = rollout(policy_of(showo, prompt, G), len(at_rows), showo.N, showo.K, args.unmask_steps,
-                                   generator=[generator(device, args.seed, step, first + i, attempt) for i in some],
-                                   temperature=args.temperature, masked_only=True, **keeps(args))
-                    for name in ("codes", "order", "threshold", *(["cut"] if traj.cut is not None else [])):
-                        getattr(batch.traj, name)[at_rows] = getattr(traj, name)
-                    for name in ("sampled", "predicted"):
-                        if getattr(traj, name) is not None:
-                            getattr(batch.traj, name)[:, at_rows] = getattr(traj, name)
-            with clock("decode"), torch.no_grad():
-                images = to_uint8(magvit.decode(batch.traj.codes[rows]))
-            with clock("reward"):
-                values = reward(images, [line.get("reward_prompt", line["prompt"]) for line in asked], asked)
-            for name, part in {"": values, **reward.log}.items():
-                (batch.log.setdefault(name, torch.zeros(P, G)) if name else batch.rewards)[pending] = part.reshape(-1, G)
-        if sample_filter is None:
-            break
-        std = all_cat(torch.where(pending, batch.rewards.std(1), torch.nan).to(device)).cpu()    # NaN: not judged this time
-        rejected = torch.zeros_like(std, dtype=torch.bool)
-        rejected[~std.isnan()] = ~sample_filter.keep(std[~std.isnan()])
-        if attempt == args.max_resample or not rejected.any():
-            break
-        pending = rejected[first:first + P]
-        batch.resampled += int(pending.sum())
-    if args.loss_steps_from == "critical":
-        with clock("decode"), torch.no_grad():
-            batch.change = picture_change(batch.traj, magvit, G)
+    keys: what the random numbers of each group depend on."""
+    G, chunk, trajs = args.group_size, max(1, args.micro_batch // args.group_size), []
+    for i in range(0, len(examples), chunk):
+        prompt = showo.encode([e["prompt"] for e in examples[i:i + chunk]]).repeat(G)
+        generators = [generator(showo.device, *key) for key in keys[i:i + chunk]]
+        with clock("rollout"), torch.no_grad(), showo.autocast():
+            trajs.append(rollout(showo.policy(prompt), len(prompt), showo.N, showo.K,
+                                 args.unmask_steps, generator=generators,
+                                 keep_sampled=args.transition == "ar"))
+    traj = Trajectory.cat(trajs)
+
+    with clock("decode"), torch.no_grad():
+        images = to_uint8(magvit.decode(traj.codes))
+    with clock("reward"):
+        asked, fault = [e for e in examples for _ in range(G)], None
+        try:
+            rewards = reward(images, [e.get("reward_prompt", e["prompt"]) for e in asked], asked)
+        except InputError as error:     # of a server; all processes learn of it after the step
+            rewards, fault = torch.full((len(asked),), math.nan), str(error)
+    parts = {name: part.view(-1, G).to(showo.device) for name, part in reward.log.items()}
+    return Batch(examples, traj, rewards.view(-1, G).to(showo.device), parts, fault)
+
+
+def collect(step, examples, args, showo, magvit, reward, sample_filter, clock):
+    """Sample and score the groups of a step; with --filter-low, those of low reward std once more
+    (Sec. 3.3) -> the Batch, and how many groups all processes sampled again.
+
+    All processes judge all groups by one history, and so agree on when to stop."""
+    P = len(examples)
+    first = P * common.get_rank()           # the prompt slot of this process's first group
+    models = (args, showo, magvit, reward, clock)
+    keys = [(args.seed, step, first + i, 0) for i in range(P)]
+    batch, n_resampled = sample_and_score(examples, keys, *models), 0
+
+    if args.filter_low:
+        low = ~sample_filter.keep(all_cat(batch.rewards.std(1)).cpu())      # of all processes
+        for attempt in range(1, args.max_resample + 1):
+            if not low.any():
+                break
+            again = low[first:first + P].nonzero()[:, 0].tolist()
+            if again:
+                keys = [(args.seed, step, first + i, attempt) for i in again]
+                new = sample_and_score([examples[i] for i in again], keys, *models)
+                batch.replace(again, new)
+            n_resampled += int(low.sum())
+            std = all_cat(batch.rewards.std(1)).cpu()
+            low[low.clone()] = ~sample_filter.keep(std[low])
+
     if args.trajectory == "forward":
-        batch.traj = remask(batch.traj.codes, args.unmask_steps, [generator(device, args.seed, step, first + i, "forward") for i in range(P)])
-    return batch
+        generators = [generator(showo.device, args.seed, step, first + i, "forward")
+                      for i in range(P)]
+        batch.traj = remask(batch.traj.codes, args.unmask_steps, generators)
+    return batch, n_resampled
 
 
-def picture_change(traj, magvit, G):
-    """By how much the picture that each iteration predicts differs from that of the iteration before: mean absolute difference of pixels,
-    summed over the first pictures of all groups -> Float[T]. What MaskFocus (arXiv 2512.18766) ranks iterations by, a step's gain of
-    information, is taken in this plainest form."""
-    predicted = magvit.decode(traj.predicted[:, ::G].flatten(0, 1)).unflatten(0, (len(traj.predicted), -1))     # (T, P, 3, H, W)
-    change = predicted.diff(dim=0).abs().mean((2, 3, 4)).sum(1)
-    return all_sum(torch.nn.functional.pad(change, (1, 0)))     # before the first iteration nothing is predicted
+# ------------------------------------------------------------------------------ the update
 
-
-def policy_of(showo, prompt, G):
-    """The policy of a rollout of groups of G; its first state, all masked, is the same for a whole group."""
-    def policy(codes, at):
-        if at.shape[1] == showo.N:
-            return showo.logits(codes[::G], prompt[slice(None, None, G)], at=at[::G]).repeat_interleave(G, 0)
-        return showo.logits(codes, prompt, at=at)
-    return policy
-
-
-def first_rows(row):
-    """row Long[b] -> the first index at which each value stands, and for every row the place of its value among them."""
-    values, of = row.unique(return_inverse=True)
-    return torch.full_like(values, len(row)).scatter_reduce(0, of, torch.arange(len(row), device=row.device), "amin"), of
-
-
-def loss_iterations(step, args, change=None):
-    """The iterations Eq. 10 sums over: all T, or a subset (Sec. 3.3, computational reduction). change: of picture_change()."""
-    T, k = args.unmask_steps, args.loss_steps or args.unmask_steps
-    if change is not None:
-        return sorted(change.topk(k).indices.tolist())
+def loss_iterations(step, args):
+    """Return the iterations that Eq. 10 sums over: all T, or a subset (Sec. 3.3, computational
+    reduction; one drawn at random makes an unbiased gradient)."""
+    T, n = args.unmask_steps, args.loss_steps or args.unmask_steps
     if args.loss_steps_from == "random":
-        return sorted(random.Random(repr((args.seed, step, "iterations"))).sample(range(T), k))
-    return list(range(T - k, T) if args.loss_steps_from == "last" else range(k))
+        return sorted(random.Random(repr((args.seed, step, "iterations"))).sample(range(T), n))
+    return list(range(T - n, T) if args.loss_steps_from == "last" else range(n))
+
+
+def move_log_prob(showo, prompt, traj, t, kind):
+    """Return log p_theta(s_{t+1} | s_t, a_t) of Eq. 13-15, Float[b], and the logits it was read
+    from, Float[b, M, K], those of the newly unmasked first."""
+    positions = traj.positions(t, kind)                                         # (b, M)
+    logits = showo.logits(traj.state(t, showo.K), prompt, positions=positions)  # (b, M, K)
+    codes, order = traj.codes.gather(1, positions), traj.order.gather(1, positions)
+    sampled = traj.sampled[t].gather(1, positions) if kind == "ar" else None
+    logp = transition_log_prob(logits, codes, order, t, kind, threshold=traj.threshold,
+                               sampled=sampled)
+    return logp, logits
 
 
 def update(step, batch, args, showo, reference, optimizer) -> dict:
-    """Climb Eq. 10 on one batch of rollouts, --inner-epochs times; gradients are those of the mean over the groups of all
-    processes -> numbers for the log. reference: a frozen Showo, None = no KL. When a reward, log-probability or gradient of any
-    process is not finite, none takes that step, nor another one on these rollouts."""
-    iterations, device = loss_iterations(step, args, batch.change), batch.traj.codes.device
+    """Climb Eq. 10 on one batch of rollouts, --inner-epochs times -> numbers for the log.
+
+    The gradient is that of the mean over the groups of all processes. reference: a frozen Showo,
+    None = no KL. When a reward, log-probability or gradient of any process is not finite, none
+    takes that step, nor another one on these rollouts."""
     kind = "ar" if args.trajectory == "forward" else args.transition
-    adv = group_advantages(batch.rewards, args.adv).flatten().to(device)                        # (B,)  Eq. 12
-    used = torch.arange(len(adv), device=device) if reference else adv.nonzero()[:, 0]          # the rest has no gradient
-    B = all_sum(torch.tensor(float(len(adv)), device=device)).item()                            # pictures of all processes
-    logp_old = torch.zeros(args.unmask_steps, len(adv), device=device)
-    place = batch.traj.order.argsort(dim=1, stable=True)                                        # positions, the first unmasked first
-    ends = [showo.N - n for n in mask_schedule(showo.N, args.unmask_steps).tolist()]            # how many are unmasked after t
-    faulty = ~batch.rewards.isfinite().flatten().to(device)                                     # (B,)
-    skipped, norm, stats = all_sum(faulty.sum()).item() > 0, torch.zeros(()), []                # the same on all processes
+    iterations = loss_iterations(step, args)
+    prompt = showo.encode([e["prompt"] for e in batch.examples]).repeat(args.group_size)
+    adv = group_advantages(batch.rewards, args.adv).flatten()                   # (B,)  Eq. 12
+    used = adv.nonzero()[:, 0]                  # without a KL, the other rows have no gradient
+    if reference:
+        used = torch.arange(len(adv), device=adv.device)
+    logp_old = adv.new_zeros(args.unmask_steps, len(adv))                       # (T, B)
+    n_terms = len(adv) * common.get_world() * len(iterations)                   # of Eq. 10's mean
+    nonfinite = ~batch.rewards.isfinite().flatten() | batch.traj.threshold.isnan().any(1)   # (B,)
+    skipped = all_sum(nonfinite.sum()).item() > 0
+    norm, kl, stats = torch.tensor(math.nan), adv.new_zeros(()), []
+
     for epoch in range(0 if skipped else args.inner_epochs):
         for rows in used.split(args.micro_batch) if len(used) else ():
-            with showo.autocast():
-                prompt = showo.prefill(batch.prompt[rows])                                      # the text once for all iterations
-                prompt.cache.cut()
-                if reference:
-                    with torch.no_grad():
-                        prompt_ref = reference.prefill(batch.prompt[rows])
+            traj = batch.traj[rows]
+            with showo.shared_text(prompt[rows]) as text:
+                text_ref = reference.prefill(prompt[rows]) if reference else None
                 for t in iterations:
-                    first, last = ends[t - 1] if t else 0, ends[t]
-                    at = place[rows, first:max(last, first + 1) if kind == "p2" else None]  # only these enter the loss
-                    move = move_at(batch.traj, rows, at, t, kind, args)
-                    length = at.shape[1] if args.ratio == "mean" else 1
-                    state = batch.traj.state(t, showo.K)[rows]                                  # Y_t
-                    if t == 0:                                                                  # a group starts from one state
-                        one, of = first_rows(prompt.row)
-                        logits = showo.logits(state[one], prompt[one])[of[:, None], at]         # (b, M, K)
-                    else:
-                        logits = showo.logits(state, prompt, at=at)                             # (b, M, K)
-                    logp = transition_log_prob(logits, **move)                                  # (b,)
-                    odd = ~logp.detach().isfinite()
+                    logp, logits = move_log_prob(showo, text, traj, t, kind)    # Eq. 13-15
                     if epoch == 0:
-                        logp_old[t, rows] = logp.detach()                                       # on policy: the ratio is 1
-                    share = len(rows) / (B * len(iterations))                                   # Eq. 10 is a mean
-                    loss = -share * clipped_objective(logp, logp_old[t, rows], adv[rows], args.clip_low, args.clip_high, length)
-                    kl = torch.zeros((), device=device)
+                        logp_old[t, rows] = logp.detach()                       # the ratio is 1
+                    length = logits.shape[1] if args.ratio == "mean" else 1
+                    objective = clipped_objective(                              # Eq. 10, 11
+                        logp, logp_old[t, rows], adv[rows], args.clip_low, args.clip_high, length)
                     if reference:
-                        with torch.no_grad():
-                            logp_ref = transition_log_prob(reference.logits(state, prompt_ref, at=at), **move)
+                        logp_ref, _ = move_log_prob(reference, text_ref, traj, t, kind)
                         kl = kl_k3(logp, logp_ref)
-                        loss = loss + share * args.kl_beta * kl
-                    faulty[rows] |= odd | (~loss.detach().isfinite() & ~odd.any())             # one, or any of these rows
-                    with torch.autocast(device.type, enabled=False):  # backward in the precision of each forward op
+                        objective = objective - args.kl_beta * kl               # Eq. 10
+                    loss = -objective * len(rows) / n_terms
+                    with torch.autocast(adv.device.type, enabled=False):
                         loss.backward()
-                    stats.append(move_stats((logp - logp_old[t, rows]) / length, logits[:, :last - first], kl, args))
-                with torch.autocast(device.type, enabled=False):
-                    prompt.cache.backward()
-        params = sum_gradients(showo)
-        norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm or float("inf"))
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        skipped = all_sum(faulty.sum()).item() > 0 or not norm.isfinite()
-        if not skipped:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if isinstance(showo, FSDPModule):
-            showo.unshard()
+
+                    nonfinite[rows] |= nonfinite_rows(logp, loss)
+                    log_ratio = (logp - logp_old[t, rows]) / length
+                    n_moved = traj.n_masked[t] - traj.n_masked[t + 1]
+                    stats.append(move_stats(log_ratio, logits[:, :n_moved], kl, args))
+        norm, skipped = optimizer_step(showo, optimizer, args.max_grad_norm, nonfinite)
         if skipped:
             break
-    stats = torch.stack(stats) if stats else torch.zeros(1, 8, device=device)                   # (passes, 8)
-    n, ratio, off, clipped, kl, entropy, n_new = all_sum(stats[:, :7].sum(0)).tolist()
-    if not n:  # every group was all right or all wrong: nothing to learn from, no ratio
-        ratio = n = 1
-    faults = all_lists([batch.texts[i] for i in faulty.view(len(batch.texts), -1).any(1).nonzero()[:, 0].tolist()]) if skipped else []
-    return {"grad_norm": norm.item(), "skipped": int(skipped), "faults": faults, "ratio_mean": ratio / n, "ratio_max": all_cat(stats[:, 7].amax()[None]).amax().item() or 1.0,
-            "approx_kl": off / n, "clip_fraction": clipped / n, "kl_ref": kl / n, "entropy": entropy / max(n_new, 1)}
+
+    bad = nonfinite.view(len(batch.examples), -1).any(1).nonzero()[:, 0].tolist()
+    bad_prompts = common.all_lists([batch.examples[i]["prompt"] for i in bad]) if skipped else []
+    return {"grad_norm": norm.item(), "skipped": int(skipped), "bad_prompts": bad_prompts,
+            **mean_stats(stats, adv.device)}
 
 
-def move_at(traj, rows, at, t, kind, args) -> dict:
-    """What transition_log_prob takes beside logits, of these rows, at the positions at Long[b, M]."""
-    noisy = {} if kind != "gumbel" else dict(cut=traj.cut[rows, t, 0], at_cut=at == traj.cut[rows, t, 1:],
-                                             noise=max(temperatures(args.unmask_steps, args.temperature)[t], 0.05))  # or few pictures decide
-    pick = lambda x: x[rows].gather(1, at)  # noqa: E731
-    return dict(codes=pick(traj.codes), order=pick(traj.order), t=t, kind=kind, threshold=traj.threshold[rows],
-                sampled=None if kind != "ar" else pick(traj.sampled[t]), **noisy)
+def nonfinite_rows(logp, loss):
+    """Return Bool[b]: rows whose log-probability is not finite; all, if only the loss is not."""
+    bad = ~logp.detach().isfinite()
+    return bad | (~loss.detach().isfinite() & ~bad.any())
+
+
+def optimizer_step(showo, optimizer, max_norm, nonfinite):
+    """Add up the gradients of all processes, clip them and take the step, unless something is not
+    finite on any -> the norm before clipping, and whether the step was skipped."""
+    params = list(showo.parameters())
+    for p in params:
+        p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)
+    skipped = all_sum(nonfinite.sum()).item() > 0 or not norm.isfinite()
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped
 
 
 @torch.no_grad()
 def move_stats(log_ratio, logits, kl, args):
-    """Sums over the rows of one pass: rows, ratio, k3 of the old against the new policy, clipped, KL to the reference,
-    entropy at the newly unmasked positions, whose logits (b, n, K) are given, how many of these; and the largest ratio."""
+    """Return, of one pass, sums over rows and newly unmasked positions and the largest ratio."""
     ratio = log_ratio.exp()
-    p = torch.log_softmax(logits.float(), -1)
-    sums = [torch.tensor(float(len(ratio))), ratio.sum(), (log_ratio.expm1() - log_ratio).sum(),
-            ((ratio < args.clip_low) | (ratio > args.clip_high)).sum(), kl * len(ratio), -(p.exp() * p).sum(),
-            torch.tensor(float(logits.shape[0] * logits.shape[1])), ratio.amax()]
-    return torch.stack([x.float().to(ratio.device, non_blocking=True) for x in sums])
+    logp = torch.log_softmax(logits.float(), -1)
+    return torch.stack([x.float() for x in (
+        torch.ones_like(ratio).sum(), ratio.sum(), (log_ratio.expm1() - log_ratio).sum(),
+        ((ratio < args.clip_low) | (ratio > args.clip_high)).sum(), kl * len(ratio),
+        torch.ones_like(logp[..., 0]).sum(), -(logp.exp() * logp).sum(), ratio.amax())])
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
+def mean_stats(stats, device) -> dict:
+    """Return means over the passes of all processes. Without any (all groups were all right or all
+    wrong), the ratio is 1."""
+    stats = torch.stack(stats) if stats else torch.zeros(1, 8, device=device)
+    n, ratio, approx_kl, clipped, kl, n_tokens, entropy = all_sum(stats[:, :7].sum(0)).tolist()
+    ratio_max = all_cat(stats[:, 7].amax()[None]).amax().item()
+    return {"ratio_mean": ratio / n if n else 1.0, "ratio_max": ratio_max if n else 1.0,
+            "approx_kl": approx_kl / max(n, 1), "clip_fraction": clipped / max(n, 1),
+            "kl_ref": kl / max(n, 1), "entropy": entropy / n_tokens if n_tokens else math.nan}
 
-def judge(lines, pictures, reward, detector) -> dict:
-    """Values of pictures, Float[B] each: with a detector GenEval's verdicts(), else the reward as "overall"."""
+
+# ------------------------------------------------------------------------------ evaluation
+
+def score_images(examples, images, reward, detector) -> dict:
+    """Return values of pictures, Float[B] each: GenEval's verdicts() where there is a detector,
+    else the reward as "overall"."""
     if detector:
-        return verdicts(lines, detector(pictures, lines))
-    return {"overall": reward(pictures, [line.get("reward_prompt", line["prompt"]) for line in lines], lines)}
+        return verdicts(examples, detector(images, examples))
+    prompts = [e.get("reward_prompt", e["prompt"]) for e in examples]
+    return {"overall": reward(images, prompts, examples)}
 
 
-def evaluate(step, lines, args, showo, magvit, reward, detector) -> dict:
-    """Draw --eval-n pictures of every evaluation prompt at evaluation settings, the same noise each time -> eval.jsonl's row.
+def evaluate(step, examples, args, showo, magvit, reward, detector) -> dict:
+    """Draw and score --eval-n pictures of each example at evaluation settings, with the same noise
+    each time -> a row of eval.jsonl.
 
-    Prompts are shared out over the processes. overall and exact are means over tags, each the share of right pictures."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = list(range(rank, len(lines), world)) or [0]          # more processes than prompts: some draw the first one too
-    times = torch.zeros(len(lines), device=showo.device)
-    times[mine] = 1
-    all_sum(times)
-    pictures = generate(showo, magvit, [lines[i]["prompt"] for i in mine], n=args.eval_n, T=args.eval_unmask_steps,
-                        guidance=args.eval_guidance, seeds=mine, batch=args.micro_batch)
-    values = judge([lines[i] for i in mine for _ in range(args.eval_n)], pictures, reward, detector)
-    for name in values:                                                                  # -> (prompts), the mean of each
-        values[name], local = torch.zeros_like(times), values[name]
-        values[name][mine] = local.reshape(len(mine), -1).mean(1).to(showo.device)
-        values[name] = all_sum(values[name]) / times
-    tags = {}
-    for i, line in enumerate(lines):
-        tags.setdefault(line.get("tag"), []).append(i)
-    mean = lambda name, rows: values[name][rows].mean().item()  # noqa: E731
-    over_tags = lambda name: sum(mean(name, rows) for rows in tags.values()) / len(tags)  # noqa: E731
-    row = {"step": step, "overall": over_tags("overall"), **{tag: mean("overall", rows) for tag, rows in tags.items() if tag}}
-    if "exact" in values:
-        everything = list(range(len(lines)))
-        row |= {"exact": over_tags("exact"), **{name: mean(name, everything) for name in ("objects", "objects_asked")}}
+    Examples are shared out over the processes. overall and exact are means over tags, each the
+    share of right pictures, as GenEval has it."""
+    mine = list(range(common.get_rank(), len(examples), common.get_world()))
+    names = ["overall", "exact", "objects", "objects_asked"] if detector else ["overall"]
+    values = {name: torch.zeros(len(examples), device=showo.device) for name in names}
+    if mine:
+        images = generate(showo, magvit, [examples[i]["prompt"] for i in mine], n=args.eval_n,
+                          T=args.eval_unmask_steps, guidance=args.eval_guidance, seeds=mine,
+                          batch=args.micro_batch)
+        asked = [examples[i] for i in mine for _ in range(args.eval_n)]
+        for name, scores in score_images(asked, images, reward, detector).items():
+            values[name][mine] = scores.view(len(mine), -1).mean(1).to(showo.device)
+    values = {name: all_sum(value).cpu() for name, value in values.items()}
+
+    rows_of = {}
+    for i, example in enumerate(examples):
+        rows_of.setdefault(example.get("tag"), []).append(i)
+    by_tag = {tag: values["overall"][rows].mean().item() for tag, rows in rows_of.items()}
+    row = {"step": step, "overall": sum(by_tag.values()) / len(by_tag)}
+    row |= {tag: value for tag, value in by_tag.items() if tag}
+    if detector:
+        exact = [values["exact"][rows].mean().item() for rows in rows_of.values()]
+        row |= {"exact": sum(exact) / len(exact), "objects": values["objects"].mean().item(),
+                "objects_asked": values["objects_asked"].mean().item()}
     return row
 
 
-def picture_grid(path, lines, args, showo, magvit, reward, detector):
-    """Fixed evaluation prompts at evaluation settings, prompt and score under each picture."""
-    pictures = generate(showo, magvit, [line["prompt"] for line in lines], T=args.eval_unmask_steps,
-                        guidance=args.eval_guidance, seeds=list(range(len(lines))), batch=args.micro_batch)
-    values = judge(lines, pictures, reward, detector)["overall"].tolist()
+def picture_grid(path, examples, args, showo, magvit, reward, detector):
+    """Draw fixed evaluation prompts at evaluation settings, score and prompt under each picture."""
+    prompts = [e["prompt"] for e in examples]
+    images = generate(showo, magvit, prompts, T=args.eval_unmask_steps,
+                      guidance=args.eval_guidance, batch=args.micro_batch)
+    scores = score_images(examples, images, reward, detector)["overall"].tolist()
+    captions = [f"{score:.3g} | {prompt}" for score, prompt in zip(scores, prompts, strict=True)]
     path.parent.mkdir(exist_ok=True)
-    grid(pictures, [f"{line['prompt']} | {v:.3g}" for line, v in zip(lines, values)], min(6, len(lines))).save(path)
+    common.grid(images, captions, min(6, len(examples))).save(path)
 
 
-# -------------------------------------------------------------------------------------------------- clock
+# ------------------------------------------------------------------------------ the run
 
-class Clock(dict):
-    """Seconds by part: with clock("rollout"): ..."""
+class Clock:
+    """Seconds by part, of a step and of the run: with clock("rollout"): ..."""
 
     def __init__(self, device):
-        super().__init__()
-        self.device = device
+        self.device, self.step, self.total = device, {}, {}
 
     @contextlib.contextmanager
     def __call__(self, part):
@@ -468,132 +423,297 @@ class Clock(dict):
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self[part] = self.get(part, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.step[part] = self.step.get(part, 0.0) + seconds
+        self.total[part] = self.total.get(part, 0.0) + seconds
 
 
-# --------------------------------------------------------------------------------------------------- main
+def load_examples(args):
+    """Return training examples, evaluation examples, and the detector that scores the latter (None:
+    the reward does). Raises InputError."""
+    here, tiny, sets = Path(__file__).parent, is_shapes(args.model), []
+    for split, path in (("train", args.prompts), ("eval", args.eval_prompts)):
+        if tiny and not path:
+            examples = shapes.prompts(split)
+        else:
+            examples = common.read_prompts(path or here / f"prompts/{split}.txt")
+        if tiny if split == "eval" else "geneval" in args.reward:
+            flag = "--prompts" if split == "train" else "--eval-prompts"
+            for number, example in enumerate(examples, 1):
+                check_metadata(example, f"{flag} {path}: prompt {number}", tiny)
+        sets.append(examples)
+    return *sets, shapes.detect if tiny else None
+
+
+def check_metadata(example, where, tiny):
+    """Raise InputError unless the detector can find what an example asks for."""
+    if not is_geneval(example):
+        raise InputError(f"{where} lacks GenEval metadata (tag, include)")
+    known = (shapes.CLASSES, list(shapes.COLOURS)) if tiny else ()
+    unknown = unknown_words(example, *known)
+    if unknown:
+        raise InputError(f"{where}: the detector does not know {', '.join(unknown)}")
+    if example["tag"] in NOT_TAGS:
+        raise InputError(f"{where}: the tag {example['tag']!r} is a column of eval.jsonl")
+
+
+def output_path(args) -> Path:
+    """Return --out, the folder of the run to resume, or a new one under runs/."""
+    if args.out or args.resume:
+        return Path(args.out or Path(args.resume).resolve().parent)
+    return Path("runs") / f"{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def claim_output(args, out, lock):
+    """Create and lock the output folder. Raises InputError when it holds another run."""
+    if lock.path.exists():
+        lock.acquire()      # says who is there
+    own = args.resume == "auto"
+    if args.resume and not own:
+        own = out.resolve() == Path(args.resume).resolve().parent
+    rows = out / "metrics.jsonl"
+    if not own and rows.exists() and rows.stat().st_size:
+        raise InputError(f"--out {out}: holds another run; continue it with --resume or choose "
+                         "another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    rows.touch()            # from now on --resume continues this run, whenever it is stopped
+
+
+def find_checkpoint(args):
+    """Return the checkpoint that --resume names and its trainer.pt, or (None, None).
+
+    Raises InputError when it cannot be read, or is of another kind of run."""
+    folder = args.resume
+    if folder == "auto":
+        folder = common.on_rank_0(checkpoint.newest, args.out)
+    if not folder:      # a new run, or one that was stopped before it saved
+        return None, None
+    resumed = checkpoint.read_trainer(folder)
+    if resumed["step"] > args.steps:
+        raise InputError(f"--resume {folder}: that run is past --steps {args.steps}")
+    for name in MUST_MATCH:
+        before, now = resumed["args"].get(name), getattr(args, name)
+        if before != now:
+            raise InputError(f"--resume {folder}: that run has --{name.replace('_', '-')} {before},"
+                             f" not {now}; give the same value, or start anew in another --out")
+    return Path(folder), resumed
+
+
+def resume_notice(resumed, args, world) -> str:
+    """Return what a resumed run does not have in common with the one that it continues, or ""."""
+    saved = resumed["args"] | {"processes": resumed["world"]}
+    changed = [f"{name} {saved[name]} -> {value}"
+               for name, value in {**vars(args), "processes": world}.items()
+               if name not in MAY_CHANGE and saved.get(name, value) != value]
+    return f"notice: changed since that checkpoint: {', '.join(changed)}" if changed else ""
+
+
+def make_optimizer(args, showo, resumed):
+    """Return AdamW over all weights, its state in shards with --zero, restored on a resume."""
+    settings = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                    fused=showo.device.type == "cuda")
+    if args.zero:
+        optimizer = ZeroRedundancyOptimizer(showo.parameters(), torch.optim.AdamW, **settings)
+    else:
+        optimizer = torch.optim.AdamW(showo.parameters(), **settings)
+    if resumed:
+        try:
+            optimizer.load_state_dict(resumed["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise InputError("--resume: the optimizer state of trainer.pt does not fit "
+                             f"({first_line(error)})") from None
+        for group in optimizer.param_groups:
+            group["weight_decay"] = args.weight_decay       # as the flag says now
+    return optimizer
+
+
+def is_sound(showo, T) -> bool:
+    """Return whether parameters, and a picture rolled out with them, are finite."""
+    with torch.no_grad(), showo.autocast():
+        policy = showo.policy(showo.encode([""]))
+        traj = rollout(policy, 1, showo.N, showo.K, T, generator=generator(showo.device, "sound"))
+        finite = [p.isfinite().all() for p in showo.parameters()]
+    return bool(torch.stack(finite).all()) and not bool(traj.threshold.isnan().any())
+
+
+def save_checkpoint(step, out, args, showo, optimizer, sample_filter, n_bad):
+    """Save on process 0 while the others wait. Raises InputError on all when it cannot, when the
+    policy is no longer sound, or a process no longer holds the parameters of process 0."""
+    if not common.on_rank_0(is_sound, showo, args.unmask_steps):
+        raise InputError(f"the policy after step {step} is not finite and is not saved; "
+                         f"{checkpoint.last_one(out)}: go back with --resume and a smaller --lr")
+    checksum = sum(p.detach().view(torch.int32).sum(dtype=torch.int64) for p in showo.parameters())
+    checksums = all_cat(checksum[None]).tolist()
+    off = [str(rank) for rank, value in enumerate(checksums) if value != checksums[0]]
+    if off:
+        raise InputError(f"process {', '.join(off)} of {len(checksums)} no longer holds the "
+                         "parameters of process 0; look at the memory and the links of its "
+                         "machine, and go back to a checkpoint with --resume")
+    if args.zero:
+        optimizer.consolidate_state_dict(to=0)
+    trainer = None
+    if common.get_rank() == 0:
+        trainer = {"step": step, "args": vars(args), "world": common.get_world(), "n_bad": n_bad,
+                   "optimizer": optimizer.state_dict(), "filter": sample_filter.state_dict()}
+    common.on_rank_0(checkpoint.save, out / f"checkpoint-{step}", showo, trainer, args.keep_last)
+
+
+def learning_rate(step, args):
+    """Return the linear warm-up times a cosine from the first step to 0 at the last."""
+    warmup = min(1, (step + 1) / max(args.warmup, 1))
+    return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+
+def first_lines(args, out, showo, magvit, n_examples) -> str:
+    """Return what a run says at its start: models, devices, the sizes of a step, all flags."""
+    world = common.get_world()
+    per_step, n_iterations = args.prompts_per_step * world, len(loss_iterations(0, args))
+    n_images = per_step * args.group_size
+    notices = []
+    if args.kl and args.transition == "p1":
+        notices.append("notice: with p1 the KL can jump, see grpo.kl_k3")
+    if showo.device.type == "cpu" and torch.get_num_threads() > 1 and os.getloadavg()[0] > 1.5:
+        notices.append("notice: other work keeps these cores busy; OMP_NUM_THREADS=1 may be ten "
+                       "times as fast")
+    return "\n".join((
+        describe(showo, magvit),
+        f"{world} x {showo.device.type}, computing in {showo.compute_dtype or torch.float32}; "
+        f"{n_examples} prompts, reward {args.reward}; output in {out}",
+        f"one step: {per_step} prompts x {args.group_size} = {n_images} pictures, x {n_iterations} "
+        f"of {args.unmask_steps} iterations = {n_images * n_iterations} trajectory steps, over all "
+        "processes",
+        common.flags_line(vars(args) | {"kl": None, "no_kl": not args.kl, "recipe": None}),
+        *notices))
+
+
+def last_lines(out, clock, n_steps) -> str:
+    """Return what a run says at its end: scores before and after, where the time went."""
+    rows = checkpoint.read_rows(out / "eval.jsonl")
+    table = common.before_after_table(rows) + "\n" if len(rows) > 1 else ""
+    seconds = ", ".join(f"{part} {value / max(n_steps, 1):.2f}"
+                        for part, value in clock.total.items() if part != "eval")
+    return (f"\n{table}\nseconds per step: {seconds}; all evaluations "
+            f"{clock.total.get('eval', 0):.0f} s; peak memory {common.peak_gib(clock.device):.2f} "
+            f"GiB; {out}")
+
+
+def step_row(step, batch, n_resampled, numbers, lr, clock) -> dict:
+    """Return a row of metrics.jsonl: what process 0 knows of a step, and means over all."""
+    rewards = all_cat(batch.rewards)                                    # (P of all processes, G)
+    return {
+        "step": step + 1, "reward_mean": rewards[rewards.isfinite()].mean().item(),
+        "reward_std": rewards.std(1).nanmean().item(),
+        "adv_zero": (group_advantages(rewards) == 0).float().mean().item(),
+        "resampled": n_resampled,
+        **{name: all_cat(part).mean().item() for name, part in batch.parts.items()},
+        **numbers, "lr": lr, "images_per_s": rewards.numel() / clock.step["step"],
+        **{f"s_{part}": seconds for part, seconds in clock.step.items()},
+        "peak_gib": common.peak_gib(clock.device)}
+
 
 def main():
     args = parse_args()
-    rank, world, device = setup()
-    folder, resumed = checkpoint.find(args, rank) if args.resume else (None, None)
-    start = resumed["step"] if resumed else 0
-    tiny = args.model == "shapes"
+    _, _, device = common.setup(args.device)
 
-    # prompts, reward: everything that can be wrong in them is found before a model is loaded
-    here = Path(__file__).parent
-    lines = (read_prompts(args.prompts) if args.prompts else shapes.prompts("train") if tiny else read_prompts(here / "prompts/train.txt"))
-    eval_lines = (read_prompts(args.eval_prompts) if args.eval_prompts else shapes.prompts("eval") if tiny
-                  else read_prompts(here / "prompts/eval.txt"))
-    shown = eval_lines[::max(1, len(eval_lines) // 12)][:12]
-    detector = shapes.detect if tiny else None
-    for flag, used, needed in (("--prompts", lines, "geneval" in args.reward), ("--eval-prompts", eval_lines, tiny)):
-        for number, line in enumerate(used, 1):
-            if needed and not is_geneval(line):
-                raise InputError(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: prompt {number} lacks GenEval metadata (tag, include)")
-    reward = make_reward(args.reward, device=device, detector=detector, keep=not args.offload_reward, finite=False)
-    out = checkpoint.output_folder(args, rank)
+    # what can be wrong in files is found before a model is loaded
+    folder, resumed = find_checkpoint(args)
+    examples, eval_examples, detector = load_examples(args)
+    for name in (args.model, args.ckpt) if args.model != "shapes" else (args.ckpt,):
+        if name:
+            checkpoint.fetch(name, ["config", "weights"])
+    reward = make_reward(args.reward, device=device, detector=detector, finite=False,
+                         timeout=args.reward_timeout, patience=args.reward_patience)
+    args.reward = common.without_passwords(args.reward)
+    out = common.on_rank_0(output_path, args)
 
-    # the policy: logits of every position, closed over its prompts
-    showo, magvit, loaded = load_models(args.model, ckpt=folder, vq=args.vq, tokenizer=args.tokenizer, revision=args.revision, device=device)
-    if half_or_float(args.dtype, device) != torch.float32:
+    lock = checkpoint.Lock(out)
+    try:
+        common.on_rank_0(claim_output, args, out, lock)
+        if args.resume:
+            common.on_rank_0(checkpoint.rewind, out, resumed["step"] if resumed else -1)
+        train(args, out, device, folder, resumed, examples, eval_examples, detector, reward)
+    finally:
+        lock.release()
+
+
+def train(args, out, device, folder, resumed, examples, eval_examples, detector, reward):
+    """Load the models and take the optimizer steps of a run, or those that it lacks."""
+    rank, world, start = common.get_rank(), common.get_world(), resumed["step"] if resumed else 0
+
+    # the policy, the reference of the KL, the optimizer
+    showo, magvit = load_models(args.model, ckpt=folder or args.ckpt, vq=args.vq,
+                                tokenizer=args.tokenizer, device=device)
+    if common.choose_dtype(args.dtype, device) == torch.bfloat16:
         showo.compute_dtype = torch.bfloat16
     showo.grad_checkpoint = args.grad_checkpoint
     reference = None
-    if not args.no_kl and args.kl_beta:
-        reference = load_showo(args.model, tokenizer=args.tokenizer, device=device, revision=args.revision).requires_grad_(False)
-        reference.compute_dtype = showo.compute_dtype
-    if args.fsdp:
-        fully_shard(showo, mesh=init_device_mesh(device.type, (world,)))
-    optimizer = torch.optim.AdamW(showo.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
-                                  fused=device.type == "cuda")
-    sample_filter = SampleFilter(args.filter_percentile, args.filter_warmup) if args.filter_low else None
-    n_bad = resumed["bad"] if resumed else 0
+    if args.kl and args.kl_beta:
+        reference, _ = load_models(args.model, ckpt=args.ckpt, vq=args.vq,
+                                   tokenizer=args.tokenizer, device=device)
+        reference.requires_grad_(False).compute_dtype = showo.compute_dtype
+    optimizer = make_optimizer(args, showo, resumed)
+    sample_filter, n_bad = SampleFilter(args.filter_percentile, args.filter_warmup), 0
     if resumed:
-        checkpoint.load_optimizer(showo, optimizer, resumed.pop("optimizer"))
-        if sample_filter:
-            sample_filter.load_state_dict(resumed["filter"])
-    if args.fsdp:
-        showo.unshard()
+        sample_filter.load_state_dict(resumed["filter"])
+        n_bad = resumed["n_bad"]
 
-    log, stop = checkpoint.Log(out, args, rank, start if resumed else -1), checkpoint.Stop()
-    per_step = args.prompts_per_step * world
-    log.say(f"{loaded}\n{world} x {device.type}, computing in {showo.compute_dtype or torch.float32}; {len(lines)} prompts, "
-            f"reward {args.reward}; output in {out}\n"
-            f"one step: {per_step} prompts x {args.group_size} = {per_step * args.group_size} pictures, x "
-            f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations = "
-            f"{per_step * args.group_size * len(loss_iterations(0, args))} trajectory steps, over all processes\n"
-            f"{flags_of(vars(args) | {'recipe': None})}")
+    log, stop, clock = common.Log(out, args, start), common.StopSignal(), Clock(device)
+    log.say(first_lines(args, out, showo, magvit, len(examples)))
+    log.say(resume_notice(resumed, args, world) if resumed else "")
+    shown = eval_examples[::max(1, len(eval_examples) // 12)][:12]
+    judges, stopping, end = (args, showo, magvit, reward, detector), False, ""
 
-    for line in checkpoint.differences(resumed, args, world) if resumed else ():
-        log.say(line)
-
-    def watch(step, stopping=False):
-        """Evaluate, draw and save when it is time; always at the start of a run and at its end."""
+    for step in range(start, args.steps + 1):
+        # evaluate, draw and save the policy of this step
         last = step == args.steps
-        due = lambda every: every and (step % every == 0 or last)  # noqa: E731
-        if due(args.eval_every):
-            with clock("eval"):
-                row = evaluate(step, eval_lines, args, showo, magvit, reward, detector)
-            log("eval.jsonl", row)
-            log.say("eval " + " ".join(f"{k} {v:.3f}" if k != "step" else f"{k} {v}" for k, v in row.items()))
-        if due(args.sample_every) and rank == 0:
-            picture_grid(out / "samples" / f"step-{step:06d}.png", shown, args, showo, magvit, reward, detector)
-        if step > start and (due(args.save_every) or last or stopping):
-            if args.check_every:
-                checkpoint.in_step(list(showo.parameters()), all_cat)
-            weights, moments = checkpoint.whole(showo, optimizer)
-            if rank == 0:
-                history = sample_filter.state_dict() if sample_filter else resumed["filter"] if resumed else {"history": []}
-                state = {"step": step, "args": vars(args), "world": world, "bad": n_bad, "optimizer": moments, "filter": history}
-                checkpoint.save(out / f"checkpoint-{step}", state, weights, showo, args.keep_last)
+        if (step > start or not resumed) and not end:
+            if args.eval_every and (step % args.eval_every == 0 or last):
+                with clock("eval"):
+                    log.evaluation(evaluate(step, eval_examples, *judges))
+            if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
+                picture_grid(out / f"samples/step-{step:06d}.png", shown, *judges)
+        to_save = last or stopping or (args.save_every and step % args.save_every == 0)
+        if to_save and step > start:
+            save_checkpoint(step, out, args, showo, optimizer, sample_filter, n_bad)
+        if last or stopping:
+            break
 
-    total = Clock(device)
-    clock = total
-    if not resumed:
-        watch(0)
-    for step in range(start, args.steps):
-        clock = Clock(device)
+        # one optimizer step
+        clock.step = {}
         with clock("step"):
-            first = step * per_step + rank * args.prompts_per_step
-            chosen = [lines[prompt_at(first + i, len(lines), args.seed)] for i in range(args.prompts_per_step)]
-            batch = collect(step, chosen, args, showo, magvit, reward, sample_filter, clock)
-            lr = args.lr * min(1, (step + 1) / max(args.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+            first = (step * world + rank) * args.prompts_per_step       # prompt slot of the run
+            chosen = [example_at(first + i, examples, args.seed)
+                      for i in range(args.prompts_per_step)]
+            batch, n_resampled = collect(step, chosen, args, showo, magvit, reward, sample_filter,
+                                         clock)
+            lr = learning_rate(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with clock("update"):
                 numbers = update(step, batch, args, showo, reference, optimizer)
-        rewards = all_cat(batch.rewards.to(device))                                             # (P of all processes, G)
-        parts = {name: all_cat(part.to(device)).mean().item() for name, part in batch.log.items()}
-        log.step({"step": step + 1, "reward_mean": rewards[rewards.isfinite()].mean().item(), "reward_std": rewards.std(1).nanmean().item(),
-                  "adv_zero": (group_advantages(rewards) == 0).float().mean().item(),
-                  "resampled": all_sum(torch.tensor(batch.resampled, device=device)).item(), **parts, **numbers, "lr": lr,
-                  "images_per_s": rewards.numel() / clock["step"], **{f"s_{k}": v for k, v in clock.items()},
-                  "peak_gib": peak_gib(device)})
-        for part, seconds in clock.items():
-            total[part] = total.get(part, 0.0) + seconds
-        clock = total
-        n_bad += numbers["skipped"]
-        if args.check_every and (step + 1) % args.check_every == 0:
-            checkpoint.in_step(list(showo.parameters()), all_cat)
-        stopping = all_sum(torch.tensor(float(stop.asked > 0), device=device)).item() > 0       # all stop, or none
-        too_bad = numbers["skipped"] and n_bad >= args.max_bad_steps
-        watch(step + 1, stopping or too_bad)
-        if too_bad:
-            barrier()  # what process 0 saves is there
-            raise InputError(f"{n_bad} steps had something that is not finite; the last good checkpoint is {out / f'checkpoint-{step + 1}'}; "
-                             "look at the prompts logged with them, and continue with --resume and a larger --max-bad-steps")
-        if stopping:
-            log.say(f"stopped after step {step + 1}, as a signal asked; continue with --resume --out {out}")
-            break
+        log.step(step_row(step, batch, n_resampled, numbers, lr, clock))
 
+        # what ends a run early: a server, too many skipped steps, a signal to any process
+        n_bad += numbers["skipped"]
+        faults = common.all_lists([batch.fault] if batch.fault else [])
+        if faults:
+            end = faults[0]
+        elif numbers["skipped"] and n_bad >= args.max_bad_steps:
+            end = (f"{n_bad} steps had something that is not finite; look at the prompts logged "
+                   "with them, a larger --max-bad-steps goes on")
+        asked = all_sum(torch.tensor(float(stop.asked > 0), device=device)).item() > 0
+        stopping = asked or bool(end)
+
+    if end:
+        raise InputError(f"{end}; saved: {out / f'checkpoint-{step}'}, continue with --resume "
+                         f"--out {out}")
+    if stopping:
+        log.say(f"stopped after step {step}, as a signal asked; continue with --resume --out {out}")
     if rank == 0 and (out / "samples/step-000000.png").exists():
-        checkpoint.before_and_after(out / "samples")
-    done = max(step + 1 - start if start < args.steps else 0, 1)
-    checkpoint.closing_table(out, log.say)
-    log.say("\nseconds per step: " + ", ".join(f"{k} {v / done:.2f}" for k, v in total.items() if k != "eval")
-            + f"; all evaluations {total.get('eval', 0):.0f} s; peak memory {peak_gib(device):.2f} GiB; {out}")
+        common.before_and_after(out / "samples")
+    log.say(last_lines(out, clock, step - start))
 
 
 if __name__ == "__main__":
-    run(main)
+    common.run(main)

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -8,29 +9,42 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact comparisons: the CPU on every m
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-ROOT, DATA = Path(__file__).parent.parent, Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "tests/data"
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
-import model  # noqa: E402,F401  (before open_clip: it mends a torchvision that cannot be imported)
+from model import load_magvit, load_showo  # noqa: E402  (it mends a torchvision for open_clip)
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def read_json(name):
+    """Return what a JSON file of tests/data holds."""
     return json.loads((DATA / name).read_text())
 
 
 def read_lines(name):
+    """Return what the lines of a jsonl file of tests/data hold."""
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
 
 
 def metrics(out):
-    """The rows of a run's metrics.jsonl, but for times and memory."""
-    return [{k: v for k, v in row.items() if not re.search("^s_|images_per_s|peak_gib", k)} for row in checkpoint.read_rows(out / "metrics.jsonl")]
+    """Return the rows of a run's metrics.jsonl, but for times and memory."""
+    measured = re.compile("s_|images_per_s|peak_gib")
+    return [{name: value for name, value in row.items() if not measured.match(name)}
+            for row in checkpoint.read_rows(out / "metrics.jsonl")]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Signal handlers, left as they were: a run of train.py puts its own there."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
 def base():
     """The shipped tiny base: (Showo, MAGVITv2)."""
-    from model import load_magvit, load_showo
     return load_showo("shapes"), load_magvit("shapes/magvitv2")

@@ -1,7 +1,10 @@
-"""eval_geneval.py against verdicts, relations, IoUs, summaries and detections of the official code (tests/data/README.md)."""
+"""eval_geneval.py against the official code: verdicts, relations, IoUs, summaries, detections.
+
+tests/data/README.md says how the expected values were made."""
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -16,19 +19,25 @@ from safetensors.torch import load_file, save_file
 
 import eval_geneval
 import shapes
-from eval_geneval import (CLASSES, COLOURS, Detector, compute_iou, draw_folder, exact_score, filter_detections, geneval_prompts, instances,
-                          main, read_picture, relative_position, report, score, score_folder, scores, strict_score, summary)
-from model import InputError
+from checkpoint import InputError
+from common import run
+from eval_geneval import CLASSES, COLOURS, Detector, filter_detections, instances
 
 CASES = ["", "_extra"]
+MEAN = torch.tensor([123.675, 116.28, 103.53])
+STD = torch.tensor([58.395, 57.12, 57.375])
 
+
+# ------------------------------------------------------------------------------------- the rules
 
 @pytest.mark.parametrize("which", CASES)
 def test_verdicts(which):
     for case in read_lines(f"geneval/scoring_cases{which}.jsonl"):
-        kept = filter_detections(case["detections"], case["metadata"]["tag"])
-        assert kept == case["expected"]["kept"], case["id"]
-        assert score(kept, case["metadata"], case["colors"]) == (case["expected"]["correct"], case["expected"]["reason"]), case["id"]
+        metadata, expected = case["metadata"], case["expected"]
+        kept = filter_detections(case["detections"], metadata["tag"])
+        assert kept == expected["kept"], case["id"]
+        verdict = eval_geneval.score(kept, metadata, case["colors"])
+        assert verdict == (expected["correct"], expected["reason"]), case["id"]
 
 
 @pytest.mark.parametrize("which", CASES)
@@ -37,74 +46,111 @@ def test_training_rewards(which):
     for wanted in read_lines(f"geneval/reward_cases{which}.jsonl"):
         case = cases[wanted["id"]]
         kept = filter_detections(case["detections"], case["metadata"]["tag"])
-        correct, reason, partial = strict_score(kept, case["metadata"], case["colors"])
-        assert (correct, reason) == (wanted["strict_correct"], wanted["strict_reason"]), wanted["id"]
+        correct, reason, partial = eval_geneval.strict_score(kept, case["metadata"], case["colors"])
+        assert correct == wanted["strict_correct"], wanted["id"]
+        assert reason == wanted["strict_reason"], wanted["id"]
         assert partial == pytest.approx(wanted["score_position_fixed"], abs=1e-9), wanted["id"]
 
 
 def test_exact_is_strict_and_nothing_else():
-    line = {"tag": "counting", "include": [{"class": "cow", "count": 2}], "exclude": [{"class": "cow", "count": 3}]}
-    cow = lambda s: [0.0, 0.0, 9.0, 9.0, s]  # noqa: E731
-    assert exact_score({"cow": [cow(0.95), cow(0.96)]}, line, {})
-    assert not exact_score({"cow": [cow(0.95), cow(0.96)], "dog": [cow(0.4)]}, line, {})     # something else, though faint
-    assert not exact_score({"cow": [cow(0.95), cow(0.96), cow(0.5)]}, line, {})              # a third, though faint
-    assert not exact_score({"cow": [cow(0.95)]}, line, {})
+    example = {"tag": "counting", "include": [{"class": "cow", "count": 2}],
+               "exclude": [{"class": "cow", "count": 3}]}
+
+    def exact(cows, **others):
+        raw = {"cow": cows} | others
+        boxes = {name: [[0.0, 0.0, 9.0, 9.0, s] for s in scores] for name, scores in raw.items()}
+        return eval_geneval.exact_score(boxes, example, {})
+
+    assert exact([0.95, 0.96])
+    assert not exact([0.95, 0.96], dog=[0.4])           # something else, though faint
+    assert not exact([0.95, 0.96, 0.5])                 # a third, though faint
+    assert not exact([0.95])
 
 
 def test_relations():
     for case in read_lines("geneval/relative_position_cases.jsonl"):
-        assert sorted(relative_position(case["a"], case["b"])) == case["expected"], case["id"]
+        found = eval_geneval.relative_position(case["a"], case["b"])
+        assert sorted(found) == case["expected"], case["id"]
 
 
 def test_iou():
     for case in read_lines("geneval/iou_cases.jsonl"):
-        assert compute_iou(case["a"], case["b"]) == pytest.approx(case["expected"], abs=1e-6), case["id"]
+        iou = eval_geneval.compute_iou(case["a"], case["b"])
+        assert iou == pytest.approx(case["expected"], abs=1e-6), case["id"]
 
 
 @pytest.mark.parametrize("name", ["full", "one_per_prompt", "three_tags"])
 def test_summary(name):
-    assert summary(read_lines(f"geneval/summary/{name}_results.jsonl")) == (DATA / f"geneval/summary/{name}_summary.txt").read_text()
+    rows = read_lines(f"geneval/summary/{name}_results.jsonl")
+    expected = (DATA / f"geneval/summary/{name}_summary.txt").read_text()
+    assert eval_geneval.summary(rows) == expected
 
 
 def test_the_553_prompts():
-    text = "".join(json.dumps(line) + "\n" for line in geneval_prompts())
-    assert hashlib.sha256(text.encode()).hexdigest() == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
-    assert len(geneval_prompts(seed=7, n=5)) == 30
+    text = "".join(json.dumps(example) + "\n" for example in eval_geneval.geneval_prompts())
+    assert (hashlib.sha256(text.encode()).hexdigest()
+            == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13")
+    assert len(eval_geneval.geneval_prompts(seed=7, n=5)) == 30
 
 
-@pytest.mark.parametrize("case", read_json("geneval/detector_postprocess/cases.json"), ids=lambda case: str(case["case"]))
+@pytest.mark.parametrize("change", [
+    {"prompt": 3}, {"tag": None}, {"include": []}, {"exclude": 1},
+    {"include": [{"class": "cat", "count": 0}]}, {"include": [{"class": "cat", "count": True}]},
+    {"include": [{"class": "cat", "count": 1, "position": ["above", 0]}]}])
+def test_broken_metadata_is_no_metadata(change):
+    example = eval_geneval.geneval_prompts()[0]
+    assert eval_geneval.is_geneval(example)
+    assert not eval_geneval.is_geneval(example | change)
+    assert not eval_geneval.is_geneval([example])
+
+
+# ---------------------------------------------------------------------------------- the detector
+
+@pytest.mark.parametrize("case", read_json("geneval/detector_postprocess/cases.json"),
+                         ids=lambda case: str(case["case"]))
 def test_instances_are_those_of_mmdet(case):
     facts = load_file(DATA / f"geneval/detector_postprocess/case{case['case']}.safetensors")
-    sizes = [case[name] for name in ("padded_hw", "img_hw", "ori_hw")]
-    labels, boxes, masks = instances(facts["class_queries_logits"][0], facts["masks_queries_logits"][0], *sizes, case["max_per_image"])
-    rows = [(label, -box[4], *box[:4], i) for i, (label, box) in enumerate(zip(labels.tolist(), boxes.tolist()))]
+    inputs = (facts["class_queries_logits"][0], facts["masks_queries_logits"][0],
+              case["padded_hw"], case["img_hw"], case["ori_hw"], case["max_per_image"])
+    labels, boxes, masks = instances(*inputs)
+    rows = [(label, -box[4], *box[:4], i)
+            for i, (label, box) in enumerate(zip(labels.tolist(), boxes.tolist(), strict=True))]
     order = [row[-1] for row in sorted(rows)]
     assert torch.equal(labels[order], facts["labels"])
     torch.testing.assert_close(boxes[order], facts["boxes"], atol=1e-5, rtol=0)
     packed = np.packbits(masks[order].flatten(1).numpy(), axis=1)
     assert (packed == facts["masks_packed"].numpy()).all()
-    confident = instances(facts["class_queries_logits"][0], facts["masks_queries_logits"][0], *sizes, case["max_per_image"], min_score=0.3)
-    above = lambda found: sorted(box for box in found[1].tolist() if box[4] > 0.3)  # noqa: E731
-    torch.testing.assert_close(torch.tensor(above(confident)), torch.tensor(above((labels, boxes, masks))))
+
+    def above(boxes):
+        return torch.tensor(sorted(box for box in boxes.tolist() if box[4] > 0.3))
+
+    confident = instances(*inputs, min_score=0.3)
+    torch.testing.assert_close(above(confident[1]), above(boxes))
     assert len(confident[0]) < len(labels)
-    assert [len(x) for x in instances(torch.zeros(3, 5), torch.zeros(3, 4, 4), (8, 8), (8, 8), (8, 8), min_score=0.3)] == [0, 0, 0]
+    nothing = instances(torch.zeros(3, 5), torch.zeros(3, 4, 4), (8, 8), (8, 8), (8, 8),
+                        min_score=0.3)
+    assert [len(x) for x in nothing] == [0, 0, 0]
 
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """A tiny Mask2Former with random weights, loaded from a folder as the real one is; a tiny CLIP for the colours."""
+    """A tiny Mask2Former of random weights in a folder, as the real one; a tiny CLIP."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
     folder = tmp_path_factory.mktemp("detector")
     torch.manual_seed(0)
-    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=1,
-                               decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=6, num_labels=80)
-    config.id2label = {i: name for i, name in enumerate(CLASSES)}
+    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
+                      window_size=4, out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
+        encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
+        dim_feedforward=32, num_queries=6, num_labels=80)
+    config.id2label = dict(enumerate(CLASSES))
     model = Mask2FormerForUniversalSegmentation(config)
     model.class_predictor.weight.data *= 60
     model.save_pretrained(folder)
-    (folder / "tiny.json").write_text(json.dumps(read_json("clip_tiny/config.json")["open_clip"] | {
-        "text_cfg": read_json("clip_tiny/config.json")["open_clip"]["text_cfg"] | {"vocab_size": 49408}}))
+    clip = read_json("clip_tiny/config.json")["open_clip"]
+    clip["text_cfg"]["vocab_size"] = 49408
+    (folder / "tiny.json").write_text(json.dumps(clip))
     open_clip.add_model_config(folder / "tiny.json")
     torch.save(open_clip.create_model("tiny").state_dict(), folder / "tiny.pt")
     with pytest.MonkeyPatch.context() as patch:
@@ -113,54 +159,80 @@ def detector(tmp_path_factory):
 
 
 def test_the_detector_end_to_end(detector, monkeypatch):
-    """Against the steps one by one, a picture at a time, with PIL's own resize of the crop and open_clip's own classifier."""
+    """Against the steps one by one, a picture at a time, with open_clip's own classifier."""
     monkeypatch.setattr(eval_geneval, "THRESHOLD", 0.05)
     rng = np.random.default_rng(0)
-    pictures = torch.from_numpy(rng.integers(0, 256, (3, 3, 10, 8), dtype=np.uint8)).repeat_interleave(5, 2).repeat_interleave(5, 3)
+    pictures = torch.from_numpy(rng.integers(0, 256, (3, 3, 10, 8), dtype=np.uint8))
+    pictures = pictures.repeat_interleave(5, 2).repeat_interleave(5, 3)
     seen = []
     plain = detector.model.forward
-    monkeypatch.setattr(detector.model, "forward", lambda **inputs: seen.append(inputs["pixel_values"]) or plain(**inputs))
-    nothing = [{"tag": "colors", "include": [{"class": "cat", "count": 1}]}] * 3
-    alone = [pair for i in range(3) for pair in detector(pictures[i:i + 1], nothing)]
-    assert seen[0].shape == (1, 3, 1024, 800)                                   # 50 x 40 -> 1000 x 800 -> a multiple of 32
-    assert (seen[0][0, :, 1000:, :].amax((1, 2)) - (128 - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor([58.395, 57.12, 57.375])).abs().max() < 1e-5
+
+    def forward(**inputs):
+        seen.append(inputs["pixel_values"])
+        return plain(**inputs)
+
+    monkeypatch.setattr(detector.model, "forward", forward)
+    uncoloured = [{"tag": "colors", "include": [{"class": "cat", "count": 1}]}]
+    alone = [detector(picture[None], uncoloured)[0] for picture in pictures]
+    assert seen[0].shape == (1, 3, 1024, 800)       # 50 x 40 -> 1000 x 800 -> a multiple of 32
+    border = seen[0][0, :, 1000:, :].amax((1, 2))
+    assert (border - (128 - MEAN) / STD).abs().max() < 1e-5
+
     names = sorted({name for found, _ in alone for name in found})
-    lines = [{"tag": "colors", "include": [{"class": name, "count": 1, "color": "red"} for name in names]}] * 3
-    together = detector(pictures, lines)
+    include = [{"class": name, "count": 1, "color": "red"} for name in names]
+    together = detector(pictures, [{"tag": "colors", "include": include}] * 3)
     assert names
-    for (ours, _), (other, _) in zip(together, alone):
+    for (ours, _), (other, _) in zip(together, alone, strict=True):
         assert ours.keys() == other.keys()
         for name in ours:
-            torch.testing.assert_close(torch.tensor(ours[name]), torch.tensor(other[name]), atol=1e-3, rtol=1e-3)
-    model, transform, tokenizer = detector.clip, detector.transform, detector.tokenizer
-    judged = 0
-    for picture, (found, colours) in zip(pictures, together):
+            torch.testing.assert_close(torch.tensor(ours[name]), torch.tensor(other[name]),
+                                       atol=1e-3, rtol=1e-3)
+
+    n_boxes = 0
+    for picture, (found, colours) in zip(pictures, together, strict=True):
         kept = filter_detections(found, "colors")
         assert colours.keys() == kept.keys()
-        scores_ = [box[4] for boxes in found.values() for box in boxes]
-        assert all(boxes == sorted(boxes, key=lambda box: box[4]) for boxes in found.values()) and max(scores_) > 0.05
+        assert max(box[4] for boxes in found.values() for box in boxes) > 0.05
+        for boxes in found.values():
+            assert boxes == sorted(boxes, key=lambda box: box[4])
         for name in kept:
-            texts = [[f"a photo of a {c} {name}", f"a photo of a {c}-colored {name}", f"a photo of a {c} object"] for c in COLOURS]
-            with torch.no_grad():
-                means = torch.stack([F.normalize(F.normalize(model.encode_text(tokenizer(t)), dim=-1).mean(0), dim=-1) for t in texts])
-                for box, colour in zip(kept[name], colours[name]):
-                    mask = mask_of(detector, picture, box)
-                    crop = Image.composite(Image.fromarray(picture.permute(1, 2, 0).numpy()), Image.new("RGB", (40, 50), "#999"), mask).crop(box[:4])
-                    logits = F.normalize(model.encode_image(transform(crop)[None]), dim=-1) @ means.T
-                    assert COLOURS[logits[0].argmax()] == colour
-                    judged += 1
-    assert judged > 3
+            directions = colour_directions(detector, name)
+            for box, colour in zip(kept[name], colours[name], strict=True):
+                features = crop_features(detector, picture, box)
+                assert COLOURS[(features @ directions.T).argmax()] == colour
+                n_boxes += 1
+    assert n_boxes > 3
 
 
+@torch.no_grad()
+def colour_directions(detector, name):
+    means = []
+    for c in COLOURS:
+        texts = [f"a photo of a {c} {name}", f"a photo of a {c}-colored {name}",
+                 f"a photo of a {c} object"]
+        features = detector.clip.encode_text(detector.tokenizer(texts))
+        means.append(F.normalize(F.normalize(features, dim=-1).mean(0), dim=-1))
+    return torch.stack(means)
+
+
+@torch.no_grad()
+def crop_features(detector, picture, box):
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    mask = mask_of(detector, picture, box)
+    crop = Image.composite(image, Image.new("RGB", (40, 50), "#999"), mask).crop(box[:4])
+    return F.normalize(detector.clip.encode_image(detector.transform(crop)[None]), dim=-1)[0]
+
+
+@torch.no_grad()
 def mask_of(detector, picture, box):
     """The mask of a box, found again by its coordinates and score."""
-    with torch.no_grad():
-        x = F.interpolate(picture[None].float(), (1000, 800), mode="bilinear").round()
-        x = F.pad(x, (0, 0, 0, 24), value=128)
-        x = (x - torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)) / torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-        raw = detector.model(pixel_values=x)
-        _, boxes, masks = instances(raw.class_queries_logits[0], raw.masks_queries_logits[0], (1024, 800), (1000, 800), (50, 40))
-    return Image.fromarray((masks[(boxes - torch.tensor(box)).abs().sum(1).argmin()].numpy() * 255).astype(np.uint8))
+    x = F.interpolate(picture[None].float(), (1000, 800), mode="bilinear").round()
+    x = F.pad(x, (0, 0, 0, 24), value=128)
+    raw = detector.model(pixel_values=(x - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1))
+    _, boxes, masks = instances(raw.class_queries_logits[0], raw.masks_queries_logits[0],
+                                (1024, 800), (1000, 800), (50, 40))
+    nearest = (boxes - torch.tensor(box)).abs().sum(1).argmin()
+    return Image.fromarray((masks[nearest].numpy() * 255).astype(np.uint8))
 
 
 def test_a_detector_of_other_classes_is_refused(detector, tmp_path):
@@ -168,123 +240,172 @@ def test_a_detector_of_other_classes_is_refused(detector, tmp_path):
     state = load_file(tmp_path / "lacking/model.safetensors")
     del state["class_predictor.bias"]
     save_file(state, tmp_path / "lacking/model.safetensors", metadata={"format": "pt"})
-    config = detector.model.config.to_dict() | {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
-    type(detector.model)(type(detector.model.config)(**config)).save_pretrained(tmp_path / "pets")
-    for folder, message in (("lacking", "1 weights missing, e.g. .'class_predictor.bias'"), ("pets", "80 COCO classes .2 classes")):
+    pets = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    config = type(detector.model.config)(**detector.model.config.to_dict() | pets)
+    type(detector.model)(config).save_pretrained(tmp_path / "pets")
+    for folder, message in (("lacking", "1 weights missing, e.g. .'class_predictor.bias'"),
+                            ("pets", "80 COCO classes .2 classes")):
         with pytest.raises(InputError, match=message):
             Detector(tmp_path / folder)
     with pytest.raises(InputError, match="--detector|no such"):
         Detector(tmp_path / "absent")
 
 
-LINES = shapes.prompts("eval")[::9]
+# ------------------------------------------------------------------------------ folders, results
+
+EXAMPLES = shapes.prompts("eval")[::9]
 
 
 def truth(prompts, n, seeds):
-    """Draws each prompt's picture as it should be; the seed makes the noise of nothing."""
-    by_text = {line["prompt"]: line for line in LINES}
-    import random
-    return torch.stack([shapes.render(by_text[text], random.Random(seed * 10 + k))[0] for text, seed in zip(prompts, seeds) for k in range(n)])
+    """Draw each prompt's picture as it should be."""
+    by_text = {example["prompt"]: example for example in EXAMPLES}
+    pictures = []
+    for text, seed in zip(prompts, seeds, strict=True):
+        for k in range(n):
+            picture, _ = shapes.render(by_text[text], random.Random(seed * 10 + k))
+            pictures.append(picture)
+    return torch.stack(pictures)
+
+
+def draw(out, examples=EXAMPLES, batch=64, **kwargs):
+    return eval_geneval.draw_folder(out, examples, 2, truth, batch, **kwargs)
 
 
 def test_drawing_is_resumed_and_broken_pictures_drawn_again(tmp_path):
-    parts = [draw_folder(tmp_path / "two", LINES, 2, truth, 3, rank, 2) for rank in (0, 1)]
-    assert draw_folder(tmp_path / "one", LINES, 2, truth, 64) == sum(parts) == 2 * len(LINES)
-    files = sorted(f.relative_to(tmp_path / "one") for f in (tmp_path / "one").rglob("*") if f.is_file())
-    assert len(files) == 3 * len(LINES) and str(files[1]) == "00000/samples/0000.png"
-    same = lambda: all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)  # noqa: E731
+    one, two = tmp_path / "one", tmp_path / "two"
+    parts = [draw(two, batch=3, rank=rank, world=2) for rank in (0, 1)]
+    assert draw(one) == sum(parts) == 2 * len(EXAMPLES)
+    files = sorted(f.relative_to(one) for f in one.rglob("*") if f.is_file())
+    assert len(files) == 3 * len(EXAMPLES) and str(files[1]) == "00000/samples/0000.png"
+
+    def same():
+        return all((one / f).read_bytes() == (two / f).read_bytes() for f in files)
+
     assert same()
-    kept = tmp_path / "two/00003/samples/0000.png"
-    kept.write_bytes((tmp_path / "one/00004/samples/0000.png").read_bytes())    # whole, so it stays
-    (tmp_path / "two/00003/samples/0001.png").write_bytes(kept.read_bytes()[:80])
-    (tmp_path / "two/00005/samples/0000.png").unlink()
-    assert read_picture(tmp_path / "two/00003/samples/0001.png") is None
-    assert draw_folder(tmp_path / "two", LINES, 2, truth, 64) == 2 and not same()
-    kept.write_bytes((tmp_path / "one/00003/samples/0000.png").read_bytes())
+    kept = two / "00003/samples/0000.png"
+    kept.write_bytes((one / "00004/samples/0000.png").read_bytes())     # whole, so it stays
+    (two / "00003/samples/0001.png").write_bytes(kept.read_bytes()[:80])
+    (two / "00005/samples/0000.png").unlink()
+    assert eval_geneval.read_picture(two / "00003/samples/0001.png") is None
+    assert draw(two) == 2 and not same()
+    kept.write_bytes((one / "00003/samples/0000.png").read_bytes())
     assert same()
-    (tmp_path / "two/00001/metadata.jsonl").write_text("")                       # as a kill leaves it
-    assert draw_folder(tmp_path / "two", LINES, 2, truth, 64) == 0 and same()
+    (two / "00001/metadata.jsonl").write_text("")                       # as a kill leaves it
+    assert draw(two) == 0 and same()
     with pytest.raises(InputError, match="00001 belongs to another prompt"):
-        draw_folder(tmp_path / "two", [LINES[0], LINES[2]], 2, truth, 64)
+        draw(two, [EXAMPLES[0], EXAMPLES[2]])
 
 
 def test_scoring_a_folder(tmp_path, capsys):
-    draw_folder(tmp_path, LINES, 2, truth, 64)
+    def score(batch=8, rank=0, world=1):
+        return eval_geneval.score_folder(tmp_path, shapes.detect, batch, rank, world)
+
+    draw(tmp_path)
     Image.new("RGB", (32, 32)).save(tmp_path / "00002/samples/0001.png")
     Image.new("RGB", (40, 40)).save(tmp_path / "00002/samples/grid.png")        # ignored
-    rows = sorted(score_folder(tmp_path, shapes.detect, 3, 0, 2) + score_folder(tmp_path, shapes.detect, 5, 1, 2), key=lambda row: row["filename"])
-    assert rows == score_folder(tmp_path, shapes.detect)
-    assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
-    assert [row["correct"] for row in rows] == [i != 5 for i in range(2 * len(LINES))]
-    report(tmp_path, rows, {"detector": "x"})
+    rows = sorted(score(3, 0, 2) + score(5, 1, 2), key=lambda row: row["filename"])
+    assert rows == score()
+    assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata",
+                             "details"]
+    assert [row["correct"] for row in rows] == [i != 5 for i in range(2 * len(EXAMPLES))]
+
+    eval_geneval.report(tmp_path, rows, {"detector": "x"})
     numbers = json.loads((tmp_path / "summary.json").read_text())
-    assert numbers["detector"] == "x" and numbers["images"] == 2 * len(LINES) and "warning" not in numbers
-    assert numbers["overall"] == pytest.approx(1 - 0.5 / sum(line["tag"] == LINES[2]["tag"] for line in LINES) / len({line["tag"] for line in LINES}), abs=1e-5)
-    assert (tmp_path / "failures.txt").read_text().startswith(f"{tmp_path}/00002/samples/0001.png: {LINES[2]['prompt']}: expected ")
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows) and "95% intervals" in capsys.readouterr().out
+    assert numbers["detector"] == "x" and numbers["images"] == 2 * len(EXAMPLES)
+    assert "warning" not in numbers
+    tags = [example["tag"] for example in EXAMPLES]
+    share_wrong = 0.5 / tags.count(EXAMPLES[2]["tag"])
+    assert numbers["overall"] == pytest.approx(1 - share_wrong / len(set(tags)), abs=1e-5)
+    failures = (tmp_path / "failures.txt").read_text()
+    prompt = EXAMPLES[2]["prompt"]
+    assert failures.startswith(f"{tmp_path}/00002/samples/0001.png: {prompt}: expected ")
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
+    assert "95% intervals" in capsys.readouterr().out
+
     (tmp_path / "00001/samples/0001.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="0001.png: is not a readable picture"):
-        score_folder(tmp_path, shapes.detect)
+        score()
     for f in (tmp_path / "00001/samples").iterdir():
         f.unlink()
     with pytest.raises(InputError, match="00001/samples: holds no picture"):
-        score_folder(tmp_path, shapes.detect)
+        score()
     with pytest.raises(InputError, match="pictures of 32 x 32, not 40 x 40"):
         shapes.detect(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
     (tmp_path / "00001/metadata.jsonl").write_text("{}")
     with pytest.raises(InputError, match="lacks GenEval metadata"):
-        score_folder(tmp_path, shapes.detect)
+        score()
+
+
+def test_pictures_are_read_in_batches_of_one_size(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(6)]
+    for file, side in zip(files, (8, 8, 8, 9, 8, 8), strict=True):
+        Image.new("RGB", (side, 7)).save(file)
+    batches = eval_geneval.read_batches(files, 2)
+    assert [(names, tuple(images.shape)) for names, images in batches] == [
+        (files[:2], (2, 3, 7, 8)), (files[2:3], (1, 3, 7, 8)),
+        (files[3:4], (1, 3, 7, 9)), (files[4:], (2, 3, 7, 8))]
 
 
 def test_intervals_are_those_of_the_prompts():
-    """Two tags, prompts all right or all wrong: the interval of a tag is that of a binomial over prompts, not over pictures."""
-    rows = [{"tag": tag, "metadata": f"{tag}{i}", "correct": i % 2 == 0} for tag in ("a", "b") for i in range(100) for _ in range(4)]
-    out = scores(rows)
+    """Prompts all right or all wrong: intervals of a binomial over prompts, not over pictures."""
+    rows = [{"tag": tag, "metadata": f"{tag}{i}", "correct": i % 2 == 0}
+            for tag in ("a", "b") for i in range(100) for _ in range(4)]
+    out = eval_geneval.scores(rows)
     assert out["a"][0] == out["overall"][0] == 0.5
-    assert [out["a"][2] - out["a"][1], out["overall"][2] - out["overall"][1]] == pytest.approx([4 * 0.05, 4 * 0.05 / 2 ** 0.5], rel=0.1)
+    widths = [out[name][2] - out[name][1] for name in ("a", "overall")]
+    assert widths == pytest.approx([4 * 0.05, 4 * 0.05 / 2 ** 0.5], rel=0.1)
 
 
 def test_wrong_weights_are_said(tmp_path, capsys):
-    rows = [{"filename": f"{i}.png", "tag": "single_object", "prompt": "x", "metadata": str(i), "correct": False, "reason": "no", "details": "{}"} for i in range(30)]
-    report(tmp_path, rows, {"detector": "x"})
-    assert "its weights look wrong" in capsys.readouterr().err and "warning" in json.loads((tmp_path / "summary.json").read_text())
+    rows = [{"filename": f"{i}.png", "tag": "single_object", "prompt": "x", "metadata": str(i),
+             "correct": False, "reason": "no", "details": "{}"} for i in range(30)]
+    eval_geneval.report(tmp_path, rows, {"detector": "x"})
+    assert "its weights look wrong" in capsys.readouterr().err
+    assert "warning" in json.loads((tmp_path / "summary.json").read_text())
 
+
+# --------------------------------------------------------------------------------- command lines
 
 def test_the_command_on_two_processes_is_that_on_one(tmp_path, monkeypatch, capsys):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES[:5]))
-    flags = ["eval_geneval.py", "--model", "shapes", "--prompts", str(tmp_path / "p.jsonl"), "--images-per-prompt", "2", "--device", "cpu"]
+    prompts = "".join(json.dumps(example) + "\n" for example in EXAMPLES[:5])
+    (tmp_path / "p.jsonl").write_text(prompts)
+    flags = ["eval_geneval.py", "--model", "shapes", "--prompts", str(tmp_path / "p.jsonl"),
+             "--images-per-prompt", "2", "--device", "cpu"]
 
     def one(*more):
         monkeypatch.setattr(sys, "argv", [*flags, "--out", str(tmp_path / "one"), *more])
-        main()
+        run(eval_geneval.main)
         return capsys.readouterr().out
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *flags, "--out", str(tmp_path / "two"),
-                          "--steps", "4"], cwd=ROOT, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node", "2"]
+    two = subprocess.run([*torchrun, *flags, "--out", str(tmp_path / "two"), "--steps", "4"],
+                         cwd=ROOT, text=True, capture_output=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert two.returncode == 0, two.stderr
     assert "process 0: drew 10 pictures" in one("--steps", "4")
-    rows = [[json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()] for name in ("one", "two")]
-    assert len(rows[0]) == 10 and [row | {"filename": ""} for row in rows[0]] == [row | {"filename": ""} for row in rows[1]]
-    assert "process 1: drew 4 pictures" in two.stdout and not list((tmp_path / "two").glob(".rows*"))
+    rows = {}
+    for name in ("one", "two"):
+        lines = (tmp_path / name / "results.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) | {"filename": ""} for line in lines]
+    assert len(rows["one"]) == 10 and rows["one"] == rows["two"]
+    assert "process 1: drew 4 pictures" in two.stdout
+    assert not list((tmp_path / "two").glob(".rows*"))
     assert "process 0: drew 0 pictures" in one("--steps", "4")
     with pytest.raises(SystemExit):
         one("--steps", "5")
     assert "drawn with other settings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [{"prompt": 3}, {"tag": None}, {"include": []}, {"include": [{"class": "cat", "count": 0}]}, {"exclude": 1},
-                                    {"include": [{"class": "cat", "count": True}]}, {"include": [{"class": "cat", "count": 1, "position": ["above", 0]}]}])
-def test_broken_metadata_is_no_metadata(change):
-    line = geneval_prompts()[0]
-    assert eval_geneval.is_geneval(line) and not eval_geneval.is_geneval(line | change) and not eval_geneval.is_geneval([line])
-
-
 @pytest.mark.parametrize("flags, message", [
-    ([], "give --out DIR"), (["--out", "x", "--score-only", "y"], "give --out DIR"), (["--score-only", "/no/such"], "not a folder of the official layout"),
-    (["--out", "x", "--model", "shapes", "--device", "gpu"], "--device gpu: cannot be used"), (["--out", str(ROOT), "--model", "shapes"], "is not empty")])
+    ([], "give --out DIR"),
+    (["--out", "x", "--score-only", "y"], "give --out DIR"),
+    (["--score-only", "/no/such"], "not a folder of the official layout"),
+    (["--out", "x", "--model", "shapes", "--device", "gpu"], "--device gpu: cannot be used"),
+    (["--out", str(ROOT), "--model", "shapes"], "is not empty")])
 def test_bad_commands(monkeypatch, capsys, flags, message):
-    from sample import run
     monkeypatch.setattr(sys, "argv", ["eval_geneval.py", *flags])
     with pytest.raises(SystemExit) as stop:
-        run(main)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and message in said and said.count("\n") == 1
+        run(eval_geneval.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1

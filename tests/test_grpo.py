@@ -1,4 +1,5 @@
-"""grpo.py against a slow float64 version of Eq. 10-12 written out loop by loop, and against finite differences."""
+"""grpo.py against a slow float64 version of Eq. 10-12 written out loop by loop, and against finite
+differences."""
 import math
 import statistics
 
@@ -8,15 +9,18 @@ import torch
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
 from sample import rollout, transition_log_prob
 
+# ------------------------------------------------------------------------------ advantages
+
 
 def test_advantages():
     rewards = torch.tensor([[1.0, 2, 3, 6], [5, 5, 5, 5], [0, 0, 0, 1], [0.1, 0.1, 0.1, 0.1]])
     adv = group_advantages(rewards)
-    for row, group in zip(adv.tolist(), rewards.tolist()):
+    for row, group in zip(adv.tolist(), rewards.tolist(), strict=True):
         std = statistics.stdev(group) if len(set(group)) > 1 else 1.0
         assert row == pytest.approx([(r - statistics.mean(group)) / std for r in group], abs=1e-6)
     assert (adv[1] == 0).all() and (adv[3] == 0).all()
     torch.testing.assert_close(group_advantages(rewards * 100 + 7)[[0, 2]], adv[[0, 2]])
+
     with pytest.raises(ValueError, match="kind 'median'"):
         group_advantages(rewards, "median")
     for bad in (torch.zeros(3, 1), torch.zeros(4)):
@@ -26,8 +30,11 @@ def test_advantages():
 
 def test_advantages_without_division():
     rewards = torch.tensor([[1.0, 2, 3, 6], [5, 5, 5, 5], [0.1, 0.1, 0.1, 0.1]])
-    torch.testing.assert_close(group_advantages(rewards, "mean"), torch.tensor([[-2.0, -1, 0, 3], [0, 0, 0, 0], [0, 0, 0, 0]]))
+    wanted = torch.tensor([[-2.0, -1, 0, 3], [0, 0, 0, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(group_advantages(rewards, "mean"), wanted)
 
+
+# ------------------------------------------------------------------------------ the objective
 
 def test_the_ratio_of_the_mean_token():
     logp = torch.tensor([0.4, -0.8], dtype=torch.float64, requires_grad=True)
@@ -42,20 +49,23 @@ def test_far_ratios_have_a_finite_gradient():
     value = clipped_objective(logp, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]))
     value.backward()
     assert value.isfinite() and logp.grad.isfinite().all()
+
     far = torch.tensor([-95.0], requires_grad=True)
     kl_k3(far, torch.zeros(1)).backward()
     assert far.grad.isfinite().all()
 
 
 def slow_objective(logp, old, ref, adv, low, high, beta):
-    """Eq. 10 for logp[j][t] as Python floats."""
+    """Return Eq. 10 for logp[j][t] as Python floats."""
     total = 0.0
     for j in range(len(logp)):
         over_t = 0.0
         for t in range(len(logp[j])):
             ratio = math.exp(logp[j][t] - old[j][t])                                # Eq. 11
+            clipped = min(max(ratio, low), high)
             d = ref[j][t] - logp[j][t]
-            over_t += min(ratio * adv[j], min(max(ratio, low), high) * adv[j]) - beta * (math.exp(d) - d - 1)
+            kl = math.exp(d) - d - 1
+            over_t += min(ratio * adv[j], clipped * adv[j]) - beta * kl
         total += over_t / len(logp[j])
     return total / len(logp)
 
@@ -65,55 +75,26 @@ def test_objective_is_equation_10():
     logp, old, ref = (torch.randn(6, 5, dtype=torch.float64) * s for s in (0.3, 0.3, 0.2))
     adv = torch.randn(6, dtype=torch.float64)
     ours = clipped_objective(logp, old, adv, 0.9, 1.2) - 0.3 * kl_k3(logp, ref)
-    assert ours.item() == pytest.approx(slow_objective(logp.tolist(), old.tolist(), ref.tolist(), adv.tolist(), 0.9, 1.2, 0.3), abs=1e-12)
+    as_lists = [x.tolist() for x in (logp, old, ref, adv)]
+    assert ours.item() == pytest.approx(slow_objective(*as_lists, 0.9, 1.2, 0.3), abs=1e-12)
     assert kl_k3(logp, ref) > 0 and kl_k3(logp, logp) == 0
 
 
-def test_clip_is_asymmetric_and_stops_the_gradient():
+@pytest.mark.parametrize("sign, free", [(1.0, [True, True, True, True, False]),
+                                        (-1.0, [False, True, True, True, True])])
+def test_clip_is_asymmetric_and_stops_the_gradient(sign, free):
     ratio = torch.tensor([0.8, 0.95, 1.0, 1.1, 1.3], dtype=torch.float64)
-    for sign, free in ((1.0, [True, True, True, True, False]), (-1.0, [False, True, True, True, True])):
-        logp = ratio.log().requires_grad_()
-        clipped_objective(logp, torch.zeros(5), torch.full((5,), sign)).backward()
-        assert [g != 0 for g in logp.grad.tolist()] == free
-    on_policy = torch.randn(4, requires_grad=True)
-    assert clipped_objective(on_policy, on_policy.detach(), torch.tensor([1.0, 2, 3, 4])).item() == pytest.approx(2.5)
+    logp = ratio.log().requires_grad_()
+    clipped_objective(logp, torch.zeros(5), torch.full((5,), sign)).backward()
+    assert [g != 0 for g in logp.grad.tolist()] == free
 
 
-def objective_of(weights, traj, K, adv, kind, old, reference, low=0.9, high=1.2):
-    """Eq. 10 of a toy policy, logits = weights[state] mixed along the row, all iterations at once."""
-    columns, refs = [], []
-    for t in range(traj.threshold.shape[1]):
-        move = dict(codes=traj.codes, order=traj.order, t=t, kind=kind, threshold=traj.threshold.to(weights.dtype), sampled=traj.sampled)
-        columns.append(transition_log_prob(weights[traj.state(t, K)].cumsum(1), **move))
-        refs.append(transition_log_prob(reference[traj.state(t, K)].cumsum(1), **move))
-    logp = torch.stack(columns, 1)
-    return clipped_objective(logp, logp.detach() if old is None else old, adv, low, high) - 0.05 * kl_k3(logp, torch.stack(refs, 1)), logp
-
-
-@pytest.mark.parametrize("kind", ["p1", "p2", "ar"])
-@pytest.mark.parametrize("moved", [0.0, 0.05])
-def test_gradient_matches_finite_differences(kind, moved):
-    generator = torch.Generator().manual_seed(0)
-    K, T = 4, 3
-    sampling = torch.randn(K + 1, K, dtype=torch.float64, generator=generator)
-    traj = rollout(lambda codes: sampling[codes].cumsum(1), 6, 5, K, T, generator=generator, keep_sampled=True)
-    adv = group_advantages(torch.randn(2, 3, dtype=torch.float64, generator=generator)).flatten()
-    reference = sampling + 0.1 * torch.randn(K + 1, K, dtype=torch.float64, generator=generator)
-    _, old = objective_of(sampling, traj, K, adv, kind, None, reference)
-    weights = (sampling + moved * torch.randn(K + 1, K, dtype=torch.float64, generator=generator)).requires_grad_()
-    value, logp = objective_of(weights, traj, K, adv, kind, old.detach(), reference)
-    value.backward()
-    ratio = (logp - old).exp()
-    assert (ratio.sub(0.9).abs() > 1e-4).all() and (ratio.sub(1.2).abs() > 1e-4).all()   # no kink within the difference
-    assert moved == 0 or ((ratio > 1.2) | (ratio < 0.9)).any()
-    numeric = torch.zeros_like(weights)
-    with torch.no_grad():
-        for i in range(weights.numel()):
-            for sign in (1, -1):
-                nudged = weights.clone()
-                nudged.view(-1)[i] += sign * 1e-6
-                numeric.view(-1)[i] += sign * objective_of(nudged, traj, K, adv, kind, old, reference)[0] / 2e-6
-    torch.testing.assert_close(weights.grad, numeric, atol=1e-7, rtol=1e-5)
+def test_on_policy_the_objective_is_the_mean_advantage():
+    logp = torch.randn(4, requires_grad=True)
+    value = clipped_objective(logp, logp, torch.tensor([1.0, 2, 3, 4]))
+    assert value.item() == pytest.approx(2.5)
+    value.backward()        # those of the policy that sampled have no gradient
+    torch.testing.assert_close(logp.grad, torch.tensor([1.0, 2, 3, 4]) / 4)
 
 
 def test_kl_pulls_towards_the_reference():
@@ -122,26 +103,84 @@ def test_kl_pulls_towards_the_reference():
     assert logp.grad[0] > 0 > logp.grad[1]
 
 
+# ------------------------------------------------------------------------------ gradients
+
+def objective_of(weights, traj, K, adv, kind, old, reference, low=0.9, high=1.2):
+    """Return Eq. 10 of a toy policy, logits = weights[state] mixed along the row, all iterations at
+    once, and its log-probabilities. old: None = those of this policy."""
+    columns, ref_columns = [], []
+    for t in range(traj.threshold.shape[1]):
+        state = traj.state(t, K)
+        move = dict(codes=traj.codes, order=traj.order, t=t, kind=kind,
+                    threshold=traj.threshold.to(weights.dtype), sampled=traj.sampled)
+        columns.append(transition_log_prob(weights[state].cumsum(1), **move))
+        ref_columns.append(transition_log_prob(reference[state].cumsum(1), **move))
+    logp, logp_ref = torch.stack(columns, 1), torch.stack(ref_columns, 1)
+    old = logp.detach() if old is None else old
+    return clipped_objective(logp, old, adv, low, high) - 0.05 * kl_k3(logp, logp_ref), logp
+
+
+@pytest.mark.parametrize("kind", ["p1", "p2", "ar"])
+@pytest.mark.parametrize("moved", [0.0, 0.05])
+def test_gradient_matches_finite_differences(kind, moved):
+    generator = torch.Generator().manual_seed(0)
+    K, T = 4, 3
+
+    def noise(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+    sampling = noise(K + 1, K)
+    traj = rollout(lambda codes: sampling[codes].cumsum(1), 6, 5, K, T, generator=generator,
+                   keep_sampled=True)
+    adv = group_advantages(noise(2, 3)).flatten()
+    reference = sampling + 0.1 * noise(K + 1, K)
+    _, old = objective_of(sampling, traj, K, adv, kind, None, reference)
+
+    weights = (sampling + moved * noise(K + 1, K)).requires_grad_()
+    value, logp = objective_of(weights, traj, K, adv, kind, old.detach(), reference)
+    value.backward()
+    ratio = (logp - old).exp()
+    for kink in (0.9, 1.2):     # none within the difference
+        assert (ratio.sub(kink).abs() > 1e-4).all()
+    assert moved == 0 or ((ratio > 1.2) | (ratio < 0.9)).any()
+
+    numeric = torch.zeros_like(weights)
+    with torch.no_grad():
+        for i in range(weights.numel()):
+            for sign in (1, -1):
+                nudged = weights.clone()
+                nudged.view(-1)[i] += sign * 1e-6
+                value, _ = objective_of(nudged, traj, K, adv, kind, old, reference)
+                numeric.view(-1)[i] += sign * value / 2e-6
+    torch.testing.assert_close(weights.grad, numeric, atol=1e-7, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------ the filter
+
 def test_filter_rejects_low_groups_after_its_warmup():
     f = SampleFilter(percentile=10, warmup=10)
     assert f.keep(torch.tensor([0.0] + [1.0] * 8)).all() and f.bar is None
     assert f.keep(torch.tensor([0.0])).all()
-    assert f.keep(torch.tensor([0.5])).all()                   # 2 of 10 are 0: the 10th percentile is 0
+    assert f.keep(torch.tensor([0.5])).all()        # 2 of 10 are 0: the 10th percentile is 0
     f.keep(torch.linspace(1, 2, 30))
-    assert f.bar == pytest.approx(sorted(f.history)[4])        # 41 groups: the 10th percentile is the fifth smallest
-    assert f.keep(torch.tensor([0.4, 0.99, 1.0, 3.0])).tolist() == [False, False, True, True]
-    assert len(f.history) == 45                                # rejected groups are remembered too
+    assert f.bar == pytest.approx(sorted(f.history)[4])     # of 41, the fifth smallest
+    kept = f.keep(torch.tensor([0.4, 0.99, 1.0, 3.0]))
+    assert kept.tolist() == [False, False, True, True]
+    assert len(f.history) == 45                     # rejected groups are remembered too
 
 
-def test_filter_state_and_window():
+def test_filter_keeps_what_is_not_finite_and_forgets_it():
+    f = SampleFilter(percentile=50, warmup=1)
+    f.keep(torch.ones(4))
+    kept = f.keep(torch.tensor([math.nan, math.inf, 0.5]))
+    assert kept.tolist() == [True, True, False] and f.history == [1, 1, 1, 1, 0.5]
+
+
+def test_filter_state():
     f, g = SampleFilter(warmup=2), SampleFilter(warmup=2)
     f.keep(torch.rand(30))
     g.load_state_dict(f.state_dict())
     assert g.bar == f.bar is not None
     f.keep(torch.ones(3))
     assert len(g.history) == 30
-    short = SampleFilter(warmup=1, window=4)
-    short.keep(torch.arange(10.0))
-    assert short.history == [6, 7, 8, 9]
     with pytest.raises(ValueError):
         SampleFilter(percentile=101)

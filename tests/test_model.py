@@ -10,16 +10,18 @@ import pytest
 import torch
 from conftest import DATA, ROOT, read_json
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from checkpoint import fetch
-from model import Gelu, InputError, MAGVITv2, Showo, load_magvit, load_showo, read_weights, to_uint8
+from checkpoint import InputError, fetch, read_weights
+from model import MAGVITv2, Showo, describe, load_magvit, load_models, load_showo, to_uint8
 
 TOKENIZER = DATA / "prompting/tokenizer"
+CHECKPOINT = DATA / "showo/checkpoint"
 
 
 @pytest.fixture(scope="module")
 def showo():
-    return load_showo(DATA / "showo/checkpoint", tokenizer=TOKENIZER)
+    return load_showo(CHECKPOINT, tokenizer=TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +29,30 @@ def expected():
     return load_file(DATA / "showo/expected.safetensors"), read_json("showo/expected.json")["cases"]
 
 
+def some_codes(showo, B):
+    """Return states: codes Long[B, N], some of them masked."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(showo.K + 1, (B, showo.N), generator=g)
+
+
+def gradient(showo):
+    """Return all gradients as one vector, and delete them."""
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in showo.parameters()]
+    showo.zero_grad()
+    return torch.cat([part.flatten() for part in parts])
+
+
+# ------------------------------------------------------------------------------ prompts
+
 @pytest.mark.parametrize("max_text_len", [8, 16, 128])
 def test_prompts_become_the_official_ids(showo, max_text_len):
     facts = read_json("prompting/prompting.json")
-    prompt, image = showo.encode(facts["prompts"], max_text_len), [facts["mask_token_id"]] * 16
+    prompt = showo.encode(facts["prompts"], max_text_len)
+    image = [facts["mask_token_id"]] * 16
     rows = [ids + [showo.soi, *image, showo.eoi] for ids in prompt.ids.tolist()]
     assert rows == facts["sequences"][str(max_text_len)]
-    assert (~prompt.real).sum(1).tolist() == facts["first_real_index"][str(max_text_len)]
+    n_padding = (~prompt.real).sum(1).tolist()
+    assert n_padding == facts["first_real_index"][str(max_text_len)]
     assert showo.K + showo.code_offset == facts["mask_token_id"]
 
 
@@ -42,6 +61,8 @@ def test_prompts_cannot_spell_control_tokens(showo):
     text = ids[ids != showo.pad]
     assert text[0] == showo.t2i and (text[1:] < showo.text_vocab).all() and len(text) > 10
 
+
+# ------------------------------------------------------------------------------ logits
 
 @pytest.mark.parametrize("case", ["single", "batch4", "partial4"])
 def test_logits(showo, expected, case):
@@ -52,167 +73,348 @@ def test_logits(showo, expected, case):
     torch.testing.assert_close(logits, tensors[f"{case}.image_logits"], atol=1e-4, rtol=1e-4)
 
 
+def test_guidance(showo, expected):
+    tensors, cases = expected
+    codes = tensors["cfg.input_ids"][:2, -17:-1] - showo.code_offset
+    prompt = showo.encode(cases["cfg"]["prompts"], 16)
+    with torch.no_grad():
+        logits = showo.logits(codes, prompt, guidance=5.0)
+        prefilled = showo.logits(codes, showo.prefill(prompt, guided=True), guidance=5.0)
+    torch.testing.assert_close(logits, tensors["cfg.guided_image_logits"], atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(prefilled, logits)
+
+
 def test_logits_do_not_depend_on_padding_or_on_a_shared_prefix(showo):
-    codes = torch.randint(showo.K + 1, (5, 16), generator=torch.Generator().manual_seed(0))
-    texts = ["a photo of a cat", "two", "", "a photo of a cat", "a green kite above a blue boat"]
+    codes = some_codes(showo, 5)
+    cat = "a photo of a cat"
+    texts = [cat, "two", "", cat, "a green kite above a blue boat"]
     with torch.no_grad():
         together = showo.logits(codes, showo.encode(texts, 100))
-        alone = torch.cat([showo.logits(codes[i:i + 1], showo.encode(texts[i:i + 1], 40)) for i in range(5)])
-        shared = showo.prefill(showo.encode(["a photo of a cat", "two"], 40)).repeat(2)
+        alone = torch.cat([showo.logits(codes[i:i + 1], showo.encode(texts[i:i + 1], 40))
+                           for i in range(5)])
+        shared = showo.prefill(showo.encode([cat, "two"], 40)).repeat(2)
         grouped = showo.logits(codes[:4], shared)
+        plain = showo.logits(codes[:4], showo.encode([cat, cat, "two", "two"], 40))
         picked = showo.logits(codes[:2], shared[torch.tensor([2, 0])])
-        plain = showo.logits(codes[:4], showo.encode([texts[0], texts[0], "two", "two"], 40))
-        swapped = showo.logits(codes[:2], showo.encode(["two", texts[0]], 40))
+        swapped = showo.logits(codes[:2], showo.encode(["two", cat], 40))
     for ours, wanted in ((together, alone), (grouped, plain), (picked, swapped)):
         torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="5 rows of codes, 4 rows of prompts"):
         showo.logits(codes, shared)
 
 
-def test_a_shared_prefix_has_the_gradient_of_separate_ones(showo):
-    codes = torch.randint(showo.K + 1, (4, 16), generator=torch.Generator().manual_seed(0))
-    gradients = []
-    for prompt in (showo.encode(["a red cat", "two"]).repeat(2), showo.encode(["a red cat", "a red cat", "two", "two"])):
-        showo.zero_grad()
-        showo.logits(codes, prompt).square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in showo.parameters()]))
-    showo.zero_grad()
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
-
-
-def test_guidance(showo, expected):
-    tensors, cases = expected
-    codes = tensors["cfg.input_ids"][:2, -17:-1] - showo.code_offset
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+@pytest.mark.parametrize("masked", ["some", "all"])
+def test_logits_at_some_positions_are_those_of_all(showo, masked, guidance):
+    codes = some_codes(showo, 4) if masked == "some" else torch.full((4, 16), showo.K)
+    prompt = showo.encode(["a red cat", "two"]).repeat(2)
+    at = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:5]
+                      for i in range(4)])
     with torch.no_grad():
-        logits = showo.logits(codes, showo.encode(cases["cfg"]["prompts"], 16), guidance=5.0)
-    torch.testing.assert_close(logits, tensors["cfg.guided_image_logits"], atol=1e-3, rtol=1e-4)
+        whole = showo.logits(codes, prompt, guidance=guidance)
+        some = showo.logits(codes, prompt, guidance=guidance, positions=at)
+    wanted = whole.gather(1, at[..., None].expand(-1, -1, showo.K))
+    torch.testing.assert_close(some, wanted, atol=2e-5, rtol=1e-5)
 
 
-def test_the_activation_is_gelu_new():
+@pytest.mark.parametrize("state", ["partly masked", "first"])
+def test_a_shared_prefix_has_the_logits_and_gradients_of_separate_ones(showo, state):
+    """The first state, all masked, is computed once for all rows of a prompt."""
+    codes = some_codes(showo, 4) if state != "first" else torch.full((4, 16), showo.K)
+    weights = torch.randn(4, 16, showo.K, generator=torch.Generator().manual_seed(1))
+    logits, gradients = [], []
+    for prompt in (showo.encode(["a red cat", "two"]).repeat(2),
+                   showo.encode(["a red cat", "a red cat", "two", "two"])):
+        logits.append(showo.logits(codes, prompt))
+        ((logits[-1] + weights).square()).mean().backward()     # other ones in each row
+        gradients.append(gradient(showo))
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    assert gradients[0].norm() > 0
+
+
+def test_the_gradient_of_a_shared_text_is_that_of_plain_logits(showo):
+    """Three backward passes through one pass of the text, against three whole ones."""
+    states = [torch.full((4, 16), showo.K), *some_codes(showo, 8).split(4)]
+    prompt = showo.encode(["a red cat", "two"]).repeat(2)
+    for codes in states:
+        showo.logits(codes, prompt).square().mean().backward()
+    wanted = gradient(showo)
+
+    with showo.shared_text(prompt) as text:
+        for codes in states:
+            showo.logits(codes, text).square().mean().backward()
+    shared = gradient(showo)
+    assert (shared - wanted).norm() < 1e-5 * wanted.norm()
+    torch.testing.assert_close(shared, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_a_shared_text_that_nothing_used_has_no_gradient(showo):
+    with showo.shared_text(showo.encode(["two"])):
+        pass
+    assert all(p.grad is None for p in showo.parameters())
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+@pytest.mark.parametrize("n_masked", [[16, 16, 16], [5, 5, 5], [5, 9, 16], [1, 1, 1]])
+def test_the_policy_gives_the_logits_of_masked_positions(showo, n_masked, guidance):
+    """Also where rows have different numbers of them."""
+    codes, g = some_codes(showo, 3) % showo.K, torch.Generator().manual_seed(2)
+    for row, n in zip(codes, n_masked, strict=True):
+        row[torch.randperm(16, generator=g)[:n]] = showo.K
+    prompt = showo.encode(["a red cat", "", "two"])
+    with torch.no_grad():
+        ours = showo.policy(prompt, guidance)(codes)
+        wanted = showo.logits(codes, prompt, guidance=guidance)
+    masked = codes == showo.K
+    assert ours.shape == wanted.shape == (3, 16, showo.K)
+    torch.testing.assert_close(ours[masked], wanted[masked], atol=2e-5, rtol=1e-5)
+
+
+def test_the_activation_is_gelu_new(showo):
     x = torch.linspace(-12, 12, 24_001)
     for dtype, close, slopes in ((torch.float32, 1e-6, 1e-5), (torch.bfloat16, 4e-2, 2e-2)):
-        ours, exact = (start.detach().clone().requires_grad_() for start in (x.to(dtype), x.to(dtype).double()))
-        out = Gelu()(ours)
-        wanted = 0.5 * exact * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (exact + 0.044715 * exact ** 3)))
-        out.sum().backward()
+        ours = x.to(dtype, copy=True).requires_grad_()
+        exact = x.to(dtype).double().requires_grad_()
+        inner = (2 / torch.pi) ** 0.5 * (exact + 0.044715 * exact ** 3)
+        wanted = 0.5 * exact * (1 + torch.tanh(inner))
         wanted.sum().backward()
-        assert (out - wanted).abs().max() < close and (ours.grad - exact.grad).abs().max() < slopes
-
-
-def test_every_layout_loads_the_same(showo, tmp_path):
-    state = showo.state_dict()
-    torch.save(dict(state), tmp_path / "mycheckpoint.pth")
-    names = sorted(state)
-    for folder, parts in (("bin", [names]), ("sharded", [names[:20], names[20:]])):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "config.json").write_text((DATA / "showo/checkpoint/config.json").read_text())
-        (tmp_path / folder / "phi_config.json").write_text((DATA / "showo/checkpoint/phi_config.json").read_text())
-        if len(parts) == 1:
-            torch.save(dict(state), tmp_path / folder / "pytorch_model.bin")
-            continue
-        files = [f"model-{i}.safetensors" for i in range(len(parts))]
-        for file, part in zip(files, parts):
-            save_file({k: state[k] for k in part}, tmp_path / folder / file)
-        index = ", ".join(f'"{k}": "{file}"' for file, part in zip(files, parts) for k in part)
-        (tmp_path / folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{index}}}}}')
-    torch.save({"epoch": 3, "state_dict": dict(state)}, tmp_path / "nested.pth")
-    torch.save(dict(state), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    for path in ("mycheckpoint.pth", "bin", "sharded", "nested.pth", "old.pth"):
-        other = load_showo(tmp_path / path, tokenizer=TOKENIZER)
-        assert all(torch.equal(other.state_dict()[k], v) for k, v in state.items())
-        assert (other.K, other.code_offset, other.text_vocab) == (showo.K, showo.code_offset, showo.text_vocab)
-
-
-def test_a_bare_file_takes_the_config_of_the_model_it_belongs_to(showo, tmp_path):
-    shutil.copy(DATA / "showo/checkpoint/pytorch_model.safetensors", tmp_path / "mine.safetensors")
-    assert load_showo(tmp_path / "mine.safetensors", tokenizer=TOKENIZER).N == 1024
-    assert load_showo(tmp_path / "mine.safetensors", tokenizer=TOKENIZER, like=DATA / "showo/checkpoint").config == showo.config
-
-
-def test_save_writes_what_show_o_wrote(showo, tmp_path):
-    showo.save(tmp_path)
-    ours, theirs = (load_file(folder / "pytorch_model.safetensors") for folder in (tmp_path, DATA / "showo/checkpoint"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], v) and ours[k].dtype == v.dtype for k, v in theirs.items())
-    assert json.loads((tmp_path / "config.json").read_text()) == read_json("showo/checkpoint/config.json")
-
-
-def test_saving_over_the_file_that_is_mapped(tmp_path):
-    for name in ("config.json", "phi_config.json", "pytorch_model.safetensors"):
-        shutil.copy(DATA / "showo/checkpoint" / name, tmp_path)
-    model = load_showo(tmp_path, tokenizer=TOKENIZER)
-    model.save(tmp_path)
-    model.save(tmp_path)
-    before, after = (load_file(folder / "pytorch_model.safetensors") for folder in (DATA / "showo/checkpoint", tmp_path))
-    assert all(torch.equal(after[k], v) for k, v in before.items())
-
-
-def test_the_projector_of_the_clip_variant_is_reported_and_left_out(showo, tmp_path):
-    extra = {f"mm_projector.{i}.{kind}": torch.zeros(4) for i in (0, 2) for kind in ("weight", "bias")}
-    official = read_json("showo/showo_512_manifest.json")
-    assert official["w_clip_vit_true"]["tensors"].keys() - official["w_clip_vit_false"]["tensors"].keys() == extra.keys()
-    (tmp_path / "phi_config.json").write_text((DATA / "showo/checkpoint/phi_config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(read_json("showo/checkpoint/config.json") | {"w_clip_vit": True}))
-    save_file(dict(showo.state_dict()) | extra, tmp_path / "pytorch_model.safetensors")
-    with pytest.warns(UserWarning, match="mm_projector .4 weights") as seen:
-        model = load_showo(tmp_path, tokenizer=TOKENIZER)
-    assert len(seen) == 1 and model.state_dict().keys() == showo.state_dict().keys() and model.config == showo.config
+        for layer in showo.showo.model.layers:
+            ours.grad = None
+            out = layer.mlp.activation_fn(ours)
+            out.sum().backward()
+            assert (out - wanted).abs().max() < close
+            assert (ours.grad - exact.grad).abs().max() < slopes
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 def test_half_precision(showo, expected, how):
     tensors, cases = expected
-    half = load_showo(DATA / "showo/checkpoint", tokenizer=TOKENIZER, dtype=torch.bfloat16 if how == "weights" else torch.float32)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16 if how == "weights" else torch.float32}
+    dtype = torch.bfloat16 if how == "weights" else torch.float32
+    half = load_showo(CHECKPOINT, tokenizer=TOKENIZER, dtype=dtype)
+    assert {p.dtype for p in half.parameters()} == {dtype}
     half.compute_dtype = torch.bfloat16 if how == "autocast" else None
+
     for case in ("single", "batch4", "partial4"):
-        codes, wanted = tensors[f"{case}.input_ids"][:, -17:-1] - showo.code_offset, tensors[f"{case}.image_logits"]
+        codes = tensors[f"{case}.input_ids"][:, -17:-1] - showo.code_offset
+        wanted = tensors[f"{case}.image_logits"]
         with torch.no_grad():
             logits = half.logits(codes, half.encode(cases[case]["prompts"], 16))
-        assert logits.dtype == torch.float32 and (logits - wanted).norm() < 2e-2 * wanted.norm()
-        assert (logits - wanted).abs().max() < 2e-2 * wanted.abs().max() and not torch.equal(logits, wanted)
-    codes, wanted = tensors["cfg.input_ids"][:2, -17:-1] - showo.code_offset, tensors["cfg.guided_image_logits"]
+        assert logits.dtype == torch.float32 and not torch.equal(logits, wanted)
+        assert (logits - wanted).norm() < 2e-2 * wanted.norm()
+        assert (logits - wanted).abs().max() < 2e-2 * wanted.abs().max()
+
+    codes = tensors["cfg.input_ids"][:2, -17:-1] - showo.code_offset
+    wanted = tensors["cfg.guided_image_logits"]
     with torch.no_grad():  # guidance 5 amplifies the errors of its two halves
         guided = half.logits(codes, half.encode(cases["cfg"]["prompts"], 16), guidance=5.0)
     assert (guided - wanted).norm() < 3e-2 * wanted.norm()
 
 
-def test_hub_cache_and_revisions_without_network(showo, tmp_path):
-    """A cache as huggingface_hub lays it out, with two commits; offline, in processes of their own."""
-    repo = tmp_path / "models--somebody--tiny"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs/main").write_text("a" * 40)
-    for commit, shift in (("a" * 40, 0), ("b" * 40, 1)):
-        shutil.copytree(DATA / "showo/checkpoint", repo / "snapshots" / commit)
-        shutil.copytree(TOKENIZER, repo / "snapshots" / commit, dirs_exist_ok=True)
-        save_file({k: v + shift for k, v in showo.state_dict().items()}, repo / "snapshots" / commit / "pytorch_model.safetensors")
-    (tmp_path / "models--somebody--half/snapshots" / ("c" * 40)).mkdir(parents=True)
-    (tmp_path / "models--somebody--half/refs").mkdir()
-    (tmp_path / "models--somebody--half/refs/main").write_text("c" * 40)
-    code = """
-from model import InputError, load_showo
-bias = lambda *a, **k: load_showo(*a, **k).showo.lm_head.bias.double().mean().item()
-print(bias("somebody/tiny"), bias("somebody/tiny@" + "b" * 40), bias("somebody/tiny", revision="b" * 40))
-for name in ("somebody/half", "somebody/absent"):
+# ------------------------------------------------------------------------------ layouts
+
+def copy_configs(folder):
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "phi_config.json"):
+        shutil.copy(CHECKPOINT / name, folder)
+
+
+def write_layouts(state, folder):
+    """Write a state_dict in every layout that is read; return their paths."""
+    torch.save(dict(state), folder / "mycheckpoint.pth")
+    torch.save({"epoch": 3, "state_dict": dict(state)}, folder / "nested.pth")
+    torch.save(dict(state), folder / "old.pth", _use_new_zipfile_serialization=False)
+
+    copy_configs(folder / "bin")
+    torch.save(dict(state), folder / "bin/pytorch_model.bin")
+
+    copy_configs(folder / "sharded")
+    names = sorted(state)
+    shards = {"model-0.safetensors": names[:20], "model-1.safetensors": names[20:]}
+    for file, part in shards.items():
+        save_file({name: state[name] for name in part}, folder / "sharded" / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (folder / "sharded/model.safetensors.index.json").write_text(json.dumps(index))
+    return [folder / name for name in ("mycheckpoint.pth", "bin", "sharded", "nested.pth",
+                                       "old.pth")]
+
+
+def test_every_layout_loads_the_same(showo, tmp_path):
+    state = showo.state_dict()
+    for path in write_layouts(state, tmp_path):
+        other = load_showo(path, tokenizer=TOKENIZER)
+        assert all(torch.equal(other.state_dict()[name], w) for name, w in state.items())
+        assert (other.K, other.code_offset) == (showo.K, showo.code_offset)
+        assert other.text_vocab == showo.text_vocab
+
+
+def test_a_bare_file_takes_the_config_of_the_model_it_belongs_to(showo, tmp_path):
+    mine = tmp_path / "mine.safetensors"
+    shutil.copy(CHECKPOINT / "pytorch_model.safetensors", mine)
+    assert load_showo(mine, tokenizer=TOKENIZER).N == 1024
+    assert load_showo(mine, tokenizer=TOKENIZER, like=CHECKPOINT).config == showo.config
+
+
+def test_save_writes_what_show_o_wrote(showo, tmp_path):
+    showo.save(tmp_path)
+    ours, theirs = (load_file(folder / "pytorch_model.safetensors")
+                    for folder in (tmp_path, CHECKPOINT))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight) and ours[name].dtype == weight.dtype
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written == read_json("showo/checkpoint/config.json")
+
+
+def test_saving_over_the_file_that_is_mapped(tmp_path):
+    copy_configs(tmp_path)
+    shutil.copy(CHECKPOINT / "pytorch_model.safetensors", tmp_path)
+    model = load_showo(tmp_path, tokenizer=TOKENIZER)
+    model.save(tmp_path)
+    model.save(tmp_path)
+    before, after = (load_file(folder / "pytorch_model.safetensors")
+                     for folder in (CHECKPOINT, tmp_path))
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_save_and_load_again(showo, tmp_path):
+    showo.save(tmp_path / "saved")
+    again = load_showo(tmp_path / "saved")
+    codes = torch.full((1, 16), showo.K)
+    with torch.no_grad():
+        first, second = (m.logits(codes, m.encode(["a red cat"])) for m in (showo, again))
+    assert torch.equal(first, second)
+
+
+def test_a_codebook_need_not_be_a_power_of_two(showo, tmp_path):
+    config = showo.config | {"codebook_size": 48, "vocab_size": 320 + 10 + 48 + 1,
+                             "mask_token_id": 320 + 10 + 48}
+    torch.manual_seed(0)
+    model = Showo(config, showo.phi, showo.tokenizer)
+    model.save(tmp_path)
+    again = load_showo(tmp_path)
+    codes = torch.randint(49, (2, 16))
+    with torch.no_grad():
+        logits = again.logits(codes, again.encode(["two", ""]))
+        assert torch.equal(logits, model.eval().logits(codes, model.encode(["two", ""])))
+    assert again.K == 48 and logits.shape == (2, 16, 48)
+
+    # its sizes alone do not say where the codes begin, and no image tokenizer of ours has 48
+    save_file(model.state_dict(), tmp_path / "bare.safetensors")
+    (tmp_path / "config.json").rename(tmp_path / "other.json")
+    with pytest.raises(InputError, match="codebook_size 48 is no power of two"):
+        load_showo(tmp_path / "bare.safetensors", tokenizer=TOKENIZER)
+    (tmp_path / "other.json").rename(tmp_path / "config.json")
+    with pytest.raises(InputError, match="--vq shapes/magvitv2: has 64 codes, but .* 48"):
+        load_models(tmp_path, vq="shapes/magvitv2")
+
+
+def test_image_tokens_that_fill_no_square_are_refused(showo, tmp_path):
+    Showo(showo.config | {"num_vq_tokens": 15}, showo.phi, showo.tokenizer).save(tmp_path)
+    with pytest.raises(InputError, match="15 image tokens do not fill a square"):
+        load_models(tmp_path, vq="shapes/magvitv2")
+
+
+def test_what_was_loaded_is_said(base):
+    assert describe(*base) == (
+        "Show-o from shapes: 0.8M parameters in float32, 4 layers of 128, N 16, K 64; "
+        "MAGVIT-v2 from shapes/magvitv2: 2.3M; on cpu")
+
+
+def test_the_projector_of_the_clip_variant_is_reported_and_left_out(showo, tmp_path):
+    extra = {f"mm_projector.{i}.{kind}": torch.zeros(4)
+             for i in (0, 2) for kind in ("weight", "bias")}
+    official = read_json("showo/showo_512_manifest.json")
+    with_clip, without = (official[f"w_clip_vit_{kind}"]["tensors"].keys()
+                          for kind in ("true", "false"))
+    assert with_clip - without == extra.keys()
+
+    copy_configs(tmp_path)
+    change("config.json", w_clip_vit=True)(tmp_path)
+    save_file(dict(showo.state_dict()) | extra, tmp_path / "pytorch_model.safetensors")
+    with pytest.warns(UserWarning, match="mm_projector .4 weights") as seen:
+        model = load_showo(tmp_path, tokenizer=TOKENIZER)
+    assert len(seen) == 1 and model.config == showo.config
+    assert model.state_dict().keys() == showo.state_dict().keys()
+
+
+def test_language_model_settings_survive_saving(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "a")
+    change("phi_config.json", rope_scaling={"rope_type": "linear", "factor": 2.0})(tmp_path / "a")
+    model = load_showo(tmp_path / "a", tokenizer=TOKENIZER)
+    model.save(tmp_path / "b")
+    models = (model, load_showo(tmp_path / "b"), load_showo(CHECKPOINT, tokenizer=TOKENIZER))
+    codes = torch.full((1, 16), model.K)
+    with torch.no_grad():
+        first, again, plain = (m.logits(codes, m.encode(["a red cat"])) for m in models)
+    assert torch.equal(first, again) and not torch.allclose(first, plain, atol=1e-2)
+
+
+def test_full_size_modules_have_the_official_names_and_shapes():
+    config = dict(vocab_size=58498, llm_vocab_size=50295, codebook_size=8192, num_vq_tokens=1024)
+    with torch.device("meta"):
+        models = Showo(config, {}, None), MAGVITv2()
+    manifests = (read_json("showo/showo_512_manifest.json")["w_clip_vit_false"],
+                 read_json("magvit/magvitv2_manifest.json"))
+    for model, manifest in zip(models, manifests, strict=True):
+        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        official = {name: entry["shape"] for name, entry in manifest["tensors"].items()}
+        assert shapes == official
+
+
+# ------------------------------------------------------------------------------ the hub
+
+IN_A_PROCESS_OF_ITS_OWN = """
+from checkpoint import InputError
+from model import load_showo
+for name in ("somebody/tiny", "somebody/tiny@" + "b" * 40):
+    print(load_showo(name).showo.lm_head.bias.double().mean().item())
+for name in ("somebody/half", "somebody/absent", "somebody/absent@v2"):
     try:
         load_showo(name)
     except InputError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+
+
+def test_hub_cache_and_revisions_without_network(showo, tmp_path):
+    """A cache as huggingface_hub lays it out, with two commits; offline."""
+    repo, half = tmp_path / "models--somebody--tiny", tmp_path / "models--somebody--half"
+    for folder, commit in ((repo, "a" * 40), (half, "c" * 40)):
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs/main").write_text(commit)
+    (half / "snapshots" / ("c" * 40)).mkdir(parents=True)
+    for commit, shift in (("a" * 40, 0), ("b" * 40, 1)):
+        snapshot = repo / "snapshots" / commit
+        shutil.copytree(CHECKPOINT, snapshot)
+        shutil.copytree(TOKENIZER, snapshot, dirs_exist_ok=True)
+        state = {name: weight + shift for name, weight in showo.state_dict().items()}
+        save_file(state, snapshot / "pytorch_model.safetensors")
+
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
-    values, half, absent = done.stdout.splitlines()
-    main, at, revision = map(float, values.split())
-    assert main == pytest.approx(showo.showo.lm_head.bias.double().mean().item()) and at == revision == pytest.approx(main + 1)
-    for said, name in ((half, "somebody/half"), (absent, "somebody/absent")):
-        assert said.startswith(f"{name}: ") and "config.json" in said and "pytorch_model" in said and f"hf download {name}" in said
+    main, at_revision, *refusals = done.stdout.splitlines()
+    bias = showo.showo.lm_head.bias.double().mean().item()
+    assert float(main) == pytest.approx(bias) and float(at_revision) == pytest.approx(bias + 1)
+
+    commands = ("somebody/half", "somebody/absent", "somebody/absent --revision v2")
+    for said, command in zip(refusals, commands, strict=True):
+        assert said.startswith(command.replace(" --revision ", "@") + ": ")
+        assert "config.json" in said and "pytorch_model" in said
+        assert said.endswith(f"hf download {command}")
 
 
-@pytest.mark.parametrize("there, taken", [(["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
-                                          (["pytorch_model.bin.index.json", "pytorch_model-1.bin"], ["pytorch_model-1.bin", "pytorch_model.bin.index.json"])])
+@pytest.mark.parametrize("there, taken", [
+    (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+    (["pytorch_model.bin.index.json", "pytorch_model-1.bin"],
+     ["pytorch_model-1.bin", "pytorch_model.bin.index.json"])])
 def test_of_weights_in_two_formats_one_is_fetched(monkeypatch, tmp_path, there, taken):
     def snapshot(name, *, allow_patterns, ignore_patterns, **_):
-        for file in huggingface_hub.utils.filter_repo_objects(["config.json", *there], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+        for file in huggingface_hub.utils.filter_repo_objects(
+                ["config.json", *there], allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns):
             (tmp_path / file).touch()
         return str(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
@@ -220,71 +422,89 @@ def test_of_weights_in_two_formats_one_is_fetched(monkeypatch, tmp_path, there, 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", *taken]
 
 
-def test_save_and_load_again(showo, tmp_path):
-    showo.save(tmp_path / "saved")
-    again = load_showo(tmp_path / "saved")
-    prompt, codes = showo.encode(["a red cat"]), torch.full((1, 16), showo.K)
-    with torch.no_grad():
-        assert torch.equal(again.logits(codes, again.encode(["a red cat"])), showo.logits(codes, prompt))
-
-
-def test_full_size_modules_have_the_official_names_and_shapes():
-    config = dict(vocab_size=58498, llm_vocab_size=50295, codebook_size=8192, num_vq_tokens=1024)
-    with torch.device("meta"):
-        models = Showo(config, {}, None), MAGVITv2()
-    manifests = (read_json("showo/showo_512_manifest.json")["w_clip_vit_false"], read_json("magvit/magvitv2_manifest.json"))
-    for model, manifest in zip(models, manifests):
-        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        assert shapes == {name: entry["shape"] for name, entry in manifest["tensors"].items()}
-
+# ------------------------------------------------------------------------------ MAGVIT-v2
 
 def test_magvit():
     model, expected = load_magvit(DATA / "magvit"), load_file(DATA / "magvit/expected.safetensors")
     close = dict(atol=1e-4, rtol=1e-4)
+    indices, wanted = expected["decode.indices"], expected["decode.pixels"]
     with torch.no_grad():
-        torch.testing.assert_close(model.encoder(expected["encode.pixels"]), expected["encode.hidden"], **close)
-        assert torch.equal(model.encode(expected["encode.pixels"]), expected["encode.indices"])
-        assert torch.equal(model.quantize.embedding, expected["codebook.entries"])
-        pixels = model.decode(expected["decode.indices"])
-        torch.testing.assert_close(pixels, expected["decode.pixels"], **close)
-        torch.testing.assert_close(model.decode(expected["decode_rect.indices"], (4, 6)), expected["decode_rect.pixels"], **close)
+        hidden = model.encoder(expected["encode.pixels"])
+        pixels = model.decode(indices)
+        rectangle = model.decode(expected["decode_rect.indices"], (4, 6))
+        many = model.decode(indices.repeat(17, 1))          # 34 x 64 codes: three chunks
+    torch.testing.assert_close(hidden, expected["encode.hidden"], **close)
+    assert torch.equal(model.encode(expected["encode.pixels"]), expected["encode.indices"])
+    assert torch.equal(model.quantize.embedding, expected["codebook.entries"])
+    torch.testing.assert_close(pixels, wanted, **close)
+    torch.testing.assert_close(rectangle, expected["decode_rect.pixels"], **close)
+    torch.testing.assert_close(many, wanted.repeat(17, 1, 1, 1), **close)
+
     difference = to_uint8(pixels).permute(0, 2, 3, 1).int() - expected["decode.uint8"].int()
     assert difference.abs().max() <= 1
-    many = expected["decode.indices"].repeat(17, 1)                     # 34 x 64 codes: three chunks
-    torch.testing.assert_close(model.decode(many), expected["decode.pixels"].repeat(17, 1, 1, 1), **close)
     with pytest.raises(ValueError, match="24 codes"):
         model.decode(expected["decode_rect.indices"])
 
 
+def test_magvit_is_saved_and_loaded_again(tmp_path):
+    model = load_magvit(DATA / "magvit")
+    model.save(tmp_path)
+    again = load_magvit(tmp_path)
+    assert again.config == model.config
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
+
+
+# ------------------------------------------------------------------------------ refusals
+
 @pytest.mark.parametrize("damage, message", [
     (lambda s: s.pop("showo.lm_head.bias"), "missing showo.lm_head.bias"),
     (lambda s: s.update({"extra.weight": torch.zeros(1)}), "surplus extra.weight"),
-    (lambda s: s.update({"showo.lm_head.bias": torch.zeros(3)}), r"showo.lm_head.bias has shape \[3\], wanted \[395\]")])
+    (lambda s: s.update({"showo.lm_head.bias": torch.zeros(3)}),
+     r"showo.lm_head.bias has shape \[3\], wanted \[395\]")])
 def test_wrong_weights_are_named(showo, tmp_path, damage, message):
     state = dict(showo.state_dict())
     damage(state)
-    for name in ("config.json", "phi_config.json"):
-        (tmp_path / name).write_text((DATA / "showo/checkpoint" / name).read_text())
+    copy_configs(tmp_path)
     save_file(state, tmp_path / "pytorch_model.safetensors")
     with pytest.raises(InputError, match=message):
         load_showo(tmp_path, tokenizer=TOKENIZER)
 
 
 def change(name, **values):
-    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+    """Return a function of a folder that changes values of a JSON file in it."""
+    def changed(folder):
+        content = json.loads((folder / name).read_text()) | values
+        (folder / name).write_text(json.dumps(content))
+    return changed
+
+
+def replace(name, text):
+    """Return a function of a folder that writes another text into a file of it."""
+    def replaced(folder):
+        (folder / name).write_text(text)
+    return replaced
+
+
+def lose_a_shard(folder):
+    (folder / "pytorch_model.safetensors").unlink()
+    replace("model.safetensors.index.json", '{"weight_map": {"a": "absent.safetensors"}}')(folder)
 
 
 @pytest.mark.parametrize("damage, message", [
-    (change("config.json", num_vq_tokens="16"), "num_vq_tokens is '16'"), (change("config.json", codebook_size=65), "vocab_size 395 is not"),
-    (change("config.json", mask_token_id=7), "the last id"), (change("config.json", llm_vocab_size=319, codebook_size=65), "320 entries"),
-    (change("phi_config.json", num_hidden_layers="3"), "cannot build Showo"), (change("phi_config.json", hidden_act="nope"), "cannot build Showo"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object"), (lambda folder: (folder / "tokenizer.json").write_text("{}"), "--tokenizer"),
-    (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "--tokenizer"),
-    (lambda folder: (folder / "pytorch_model.safetensors").rename(folder / "x") and (folder / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "absent.safetensors"}}'), "shards that are not there")])
+    (change("config.json", num_vq_tokens="16"), "num_vq_tokens is '16'"),
+    (change("config.json", codebook_size=65), "vocab_size 395 is not"),
+    (change("config.json", mask_token_id=7), "the last id"),
+    (change("config.json", llm_vocab_size=319, codebook_size=65), "320 entries"),
+    (change("phi_config.json", num_hidden_layers="3"), "cannot build Showo"),
+    (change("phi_config.json", hidden_act="nope"), "cannot build Showo"),
+    (replace("config.json", "[]"), "no JSON object"),
+    (replace("tokenizer.json", "{}"), "--tokenizer"),
+    (replace("tokenizer_config.json", "[]"), "--tokenizer"),
+    (lose_a_shard, "shards that are not there")])
 def test_odd_folders_are_said_in_one_line(tmp_path, damage, message):
-    for source in ("showo/checkpoint", "prompting/tokenizer"):
-        shutil.copytree(DATA / source, tmp_path, dirs_exist_ok=True)
+    for source in (CHECKPOINT, TOKENIZER):
+        shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
     with pytest.raises(InputError, match=message) as said:
         load_showo(tmp_path)
@@ -292,25 +512,12 @@ def test_odd_folders_are_said_in_one_line(tmp_path, damage, message):
 
 
 def test_a_tokenizer_of_another_model_does_not_shift_the_codes(tmp_path):
-    from transformers import AutoTokenizer
-    shutil.copy(DATA / "showo/checkpoint/pytorch_model.safetensors", tmp_path)
+    shutil.copy(CHECKPOINT / "pytorch_model.safetensors", tmp_path)
     longer = AutoTokenizer.from_pretrained(TOKENIZER)
     longer.add_tokens([f"<{i}>" for i in range(10)])
     longer.save_pretrained(tmp_path / "longer")
     with pytest.raises(InputError, match="codebook_size 54 is no power of two"):
         load_showo(tmp_path / "pytorch_model.safetensors", tokenizer=tmp_path / "longer")
-
-
-def test_language_model_settings_survive_saving(tmp_path):
-    shutil.copytree(DATA / "showo/checkpoint", tmp_path / "a")
-    change("phi_config.json", rope_scaling={"rope_type": "linear", "factor": 2.0})(tmp_path / "a")
-    model = load_showo(tmp_path / "a", tokenizer=TOKENIZER)
-    model.save(tmp_path / "b")
-    codes = torch.full((1, 16), model.K)
-    with torch.no_grad():
-        first, again, plain = (m.logits(codes, m.encode(["a red cat"])) for m in (model, load_showo(tmp_path / "b"), load_showo(
-            DATA / "showo/checkpoint", tokenizer=TOKENIZER)))
-    assert torch.equal(first, again) and not torch.allclose(first, plain, atol=1e-2)
 
 
 class Trap:
@@ -325,10 +532,11 @@ class Trap:
 
 def test_unreadable_weights_are_named_and_pickled_code_is_not_run(tmp_path):
     torch.save({"weight": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
-    (tmp_path / "cut.safetensors").write_bytes((DATA / "magvit/model.safetensors").read_bytes()[:5000])
+    whole = (DATA / "magvit/model.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:5000])
     (tmp_path / "empty").mkdir()
     for name in ("evil.pth", "cut.safetensors", "empty", "absent.pth"):
-        with pytest.raises((InputError, FileNotFoundError), match=name):
+        with pytest.raises(InputError, match=name):
             read_weights(tmp_path / name)
     assert not (tmp_path / "sprung").exists()
     with pytest.raises(InputError, match="no such file"):

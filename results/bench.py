@@ -1,0 +1,517 @@
+"""Measure speed and memory, ours beside a plain implementation, in one run.
+
+    python results/bench.py --size small            # rollout, update, peak memory of an update
+    python results/bench.py ladder --size small     # one pass, an idea more at every rung
+    python results/bench.py curve --size small      # seconds over G, T and the number of prompts
+    python results/bench.py memory --size small     # peak memory of an update alone
+    python results/bench.py load                    # peak memory of loading a Show-o of full size
+                                                    # (5.8 GB of zeros, a sparse file), of decoding
+
+plain does what the released code does: rollouts of one image at a time, the padded row of 129 text
+columns in every pass, the whole head, a 4-D mask, probabilities of all positions; its update takes
+a group at a time and keeps all logits. Weights are random and the same for both. Before anything
+is timed, both must give the same log-probabilities of the same trajectories. --json FILE keeps the
+numbers; with --size shapes --repeat 1 each takes seconds.
+"""
+import argparse
+import json
+import multiprocessing
+import re
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import write_json  # noqa: E402
+from model import SPECIALS, MAGVITv2, Prompt, Showo, load_magvit, load_showo  # noqa: E402
+from sample import (  # noqa: E402
+    Trajectory,
+    choose_and_move,
+    mask_schedule,
+    rollout,
+    temperatures,
+)
+from train import move_log_prob  # noqa: E402
+
+# Phi's sizes, then Show-o's: text vocabulary, K, N, and T and G of the run they stand for
+SIZES = {
+    "shapes": (dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+                    num_attention_heads=4), 35, 64, 16, 16, 8),
+    "small": (dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
+                   num_attention_heads=8), 50295, 8192, 256, 18, 6),
+    "showo-256": ({}, 50295, 8192, 256, 50, 6),
+    "showo-512": ({}, 50295, 8192, 1024, 50, 6),
+}
+TEXT = 129          # columns of text in a padded row
+
+
+# ---------------------------------------------------------------------------------------- set-up
+
+def random_showo(size, device):
+    """Return a Showo with random weights, computing in bf16 on a GPU, and its size's T and G."""
+    phi, n_text, K, N, T, G = SIZES[size]
+    config = {"vocab_size": n_text + len(SPECIALS) + K + 1, "llm_vocab_size": n_text,
+              "codebook_size": K, "num_vq_tokens": N}
+    torch.manual_seed(0)
+    with torch.device(device):
+        showo = Showo(config, phi | {"initializer_range": 0.05}, None)
+    if torch.device(device).type == "cuda":
+        showo.compute_dtype = torch.bfloat16
+    return showo.eval(), T, G
+
+
+def random_prompt(showo, length=20):
+    """Return a Prompt of one text of `length` random tokens."""
+    ids = torch.full((1, TEXT), showo.pad)
+    generator = torch.Generator().manual_seed(1)
+    ids[:, -length:] = torch.randint(showo.text_vocab, (1, length), generator=generator)
+    ids = ids.to(showo.device)
+    return Prompt(ids, ids != showo.pad, torch.zeros(1, dtype=torch.long, device=showo.device))
+
+
+def random_trajectory(showo, G, T):
+    """Return a Trajectory of the right shapes and schedule, without a rollout."""
+    stay_masked = mask_schedule(showo.N, T)
+    moved = -stay_masked.diff(prepend=torch.tensor([showo.N]))
+    times = torch.arange(T).repeat_interleave(moved)                        # (N,)
+    order = torch.stack([times[torch.randperm(showo.N)] for _ in range(G)])
+    codes = torch.randint(showo.K, (G, showo.N))
+    threshold = torch.full((G, T), 0.01, device=showo.device)
+    return Trajectory(codes.to(showo.device), order.to(showo.device), threshold)
+
+
+def generators(device, seeds):
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+# ------------------------------------------------------------------------------ ours, and plain
+
+def our_rollout(showo, prompt, G, T):
+    """Roll out a group of G images -> Trajectory."""
+    with torch.no_grad(), showo.autocast():
+        policy = showo.policy(prompt.repeat(G))
+        return rollout(policy, G, showo.N, showo.K, T, generator=generators(showo.device, range(G)))
+
+
+def our_update(showo, prompt, traj, t, kind, steps=1):
+    """Take gradients of a group at `steps` iterations from t on -> the first log-probabilities."""
+    out = []
+    with showo.shared_text(prompt.repeat(len(traj.codes))) as text:
+        for s in range(t, t + steps):
+            logp, _ = move_log_prob(showo, text, traj, s, kind)
+            (logp.mean() / steps).backward()
+            out.append(logp.detach())
+    return out[0]
+
+
+def plain_logits(showo, codes, prompt):
+    """Return the logits of the padded row over the whole vocabulary, Float (B, 131 + N, V)."""
+    text, column = prompt.ids[prompt.row], torch.ones_like(codes[:, :1])
+    ids = torch.cat(
+        [text, column * showo.soi, codes + showo.code_offset, column * showo.eoi], 1)
+    i = torch.arange(ids.shape[1], device=ids.device)
+    causal, within_image = i[:, None] >= i, (i[:, None] >= TEXT) & (i >= TEXT)
+    sees = (causal | within_image) & (ids != showo.pad)[:, None]
+    mask = torch.where(sees | (i[:, None] == i), 0.0, -1e9)[:, None]
+    with showo.autocast():
+        return showo.showo(input_ids=ids, attention_mask=mask, position_ids=i[None],
+                           use_cache=False).logits
+
+
+def plain_image_logits(showo, codes, prompt):
+    """Return the logits of the image tokens, Float32 (B, N, K)."""
+    logits = plain_logits(showo, codes, prompt)
+    return logits[:, -showo.N - 1:-1, showo.code_offset:-1].float()
+
+
+@torch.no_grad()
+def plain_rollout(showo, prompt, T):
+    """Run Show-o's loop for one image: multinomial at all positions, all logits kept."""
+    N, K, device = showo.N, showo.K, showo.device
+    generator, kept = torch.Generator(device).manual_seed(0), []
+    codes = torch.full((1, N), K, device=device)
+    stay_masked, temps = mask_schedule(N, T).tolist(), temperatures(T)
+    for t in range(T):
+        kept.append(plain_image_logits(showo, codes, prompt).clone())
+        probs, masked = kept[-1].softmax(-1), codes == K
+        drawn = torch.multinomial(probs.view(N, K), 1, generator=generator).view(1, N)
+        sampled = torch.where(masked, drawn, codes)
+        conf = probs.gather(-1, sampled[..., None])[..., 0].clamp(min=1e-20)
+        noise = torch.rand(1, N, generator=generator, device=device).clamp(1e-20)
+        gumbel = -noise.log().neg().log()
+        new = choose_and_move(conf.log(), masked, stay_masked[t], temps[t], gumbel)
+        codes = torch.where(new, sampled, codes)
+    return codes
+
+
+def plain_update(showo, prompt, traj, t, kind):
+    """Take the gradient of iteration t of a group -> log-probabilities, Float (G,)."""
+    state, group = traj.state(t, showo.K), prompt.repeat(len(traj.codes))
+    logp = plain_image_logits(showo, state, group).log_softmax(-1)
+    new, remasked = traj.order == t, traj.order > t
+    terms = logp.gather(-1, traj.codes[..., None])[..., 0] * new                # Eq. 15
+    if kind == "p1":                                                            # Eq. 14
+        p = logp.exp()
+        tail = (p * (p < traj.threshold[:, t, None, None])).sum(-1)
+        counts = remasked & (tail > 1e-37)
+        terms = terms + torch.where(counts, tail.clamp(min=1e-37).log(), 0)
+    out = terms.sum(1)
+    out.mean().backward()
+    return out.detach()
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+def timed(run, device):
+    """Return the seconds that run() takes."""
+    def sync():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    sync()
+    start = time.perf_counter()
+    run()
+    sync()
+    return time.perf_counter() - start
+
+
+def medians(seconds):
+    """Return the medians of {name: values}."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def median_ms(runs, repeat, device):
+    """Time {name: function}, in turn, so many times -> their medians in milliseconds."""
+    seconds = {name: [] for name in runs}
+    for _ in range(repeat):
+        for name, run in runs.items():
+            seconds[name].append(timed(run, device))
+    return {name: 1000 * s for name, s in medians(seconds).items()}
+
+
+def flops(showo, tokens, context, wanted):
+    """Return the FLOPs of one forward pass of ours.
+
+    tokens, each seeing `context` others, pass the blocks; the wanted ones alone pass the last block
+    (whose keys and values are of all) and the head.
+    """
+    width, layers = showo.phi_config.hidden_size, showo.phi_config.num_hidden_layers
+    parameters = sum(p.numel() for p in showo.showo.model.layers[0].parameters())
+    block = 2 * parameters + 4 * width * context                                # per token
+    first = (layers - 1) * block * tokens
+    last = 4 * width ** 2 * tokens + (block + 2 * width * showo.K) * wanted
+    return first + last
+
+
+def matmul_rate(device, seconds=1.0):
+    """Return the FLOP/s of a large product, bf16 on a GPU, fp32 on a CPU: the best of several."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best, end = 0, time.perf_counter() + seconds
+    while time.perf_counter() < end or not best:
+        best = max(best, 2 * n ** 3 / timed(lambda: a @ a, device))
+    return best
+
+
+def high_water():
+    """Return the bytes that were resident at most so far.
+
+    Not ru_maxrss, which a process inherits from the one that started it.
+    """
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def in_own_process(function, *args):
+    """Return function(*args), called in a fresh process, so that peaks are its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+# ---------------------------------------------------------------------------------- sub-commands
+
+def peak_of_update(who, size, device, G, T, kind):
+    """Return the bytes held at the peak of an update, weights and gradients included."""
+    device = torch.device(device)
+    showo, default_T, default_G = random_showo(size, device)
+    T, G = T or default_T, G or default_G
+    prompt, traj = random_prompt(showo), random_trajectory(showo, G, T)
+    for p in showo.parameters():
+        p.grad = torch.zeros_like(p)
+    update = plain_update if who == "plain" else our_update
+    update(showo, prompt, traj, T // 2, kind)
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else high_water()
+
+
+def bench_memory(args):
+    """Measure the peak memory of an update: of one here, of both in processes of their own."""
+    how = args.size, args.device, args.group, args.unmask_steps, args.transition
+    if args.who:
+        return {"update_peak_gb": {args.who: peak_of_update(args.who, *how) / 1e9}}
+    peaks = {who: in_own_process(peak_of_update, who, *how) / 1e9 for who in ("plain", "ours")}
+    return {"update_peak_gb": peaks, "update_memory_ratio": peaks["ours"] / peaks["plain"]}
+
+
+def check_equal(showo, prompt, traj, t, kind):
+    """Return the largest relative difference of ours to plain's log-probabilities; assert it."""
+    ours = our_update(showo, prompt, traj, t, kind)
+    plain = plain_update(showo, prompt, traj, t, kind)
+    difference = ((ours - plain).abs() / plain.abs()).max().item()
+    tolerance = 2e-2 if showo.compute_dtype else 1e-4
+    assert difference < tolerance, f"log-probabilities differ by {difference}"
+    return difference
+
+
+def same_codes(showo, prompt, traj, T):
+    """Return the share of codes that plain's logits give under our sampler and the same noise."""
+    policy = partial(plain_image_logits, showo, prompt=prompt)
+    with torch.no_grad():
+        alone = rollout(policy, 1, showo.N, showo.K, T, generator=generators(showo.device, [0]))
+    return (traj.codes[0] == alone.codes[0]).float().mean().item()
+
+
+def needed_flops(showo, traj, G, T, mid, steps, kind):
+    """Return the FLOPs that an image's rollout and a group's trajectory step need."""
+    masked = sum([showo.N, *mask_schedule(showo.N, T).tolist()[:-1]])
+    wanted = 0
+    for t in range(mid, mid + steps):
+        reads = traj.order == t if kind == "p2" else traj.order >= t
+        wanted += reads.sum().item() / G / steps
+    context = showo.N + 22
+    return {
+        "rollout": flops(showo, (showo.N + 2) * T, context, masked),
+        "update": 3 * G * flops(showo, showo.N + 2, context, wanted),
+    }
+
+
+def bench_speed(args):
+    """Time rollouts and updates of plain and ours, interleaved -> ratios of their medians."""
+    device = torch.device(args.device)
+    showo, T, G = random_showo(args.size, device)
+    T, G, kind = args.unmask_steps or T, args.group or G, args.transition
+    mid, prompt = T // 2, random_prompt(showo)
+    traj = our_rollout(showo, prompt, G, T)
+    difference = check_equal(showo, prompt, traj, mid, kind)
+    runs = {
+        "rollout_plain": lambda: plain_rollout(showo, prompt, T),
+        "rollout_ours": lambda: our_rollout(showo, prompt, G, T),
+        "update_plain": lambda: plain_update(showo, prompt, traj, mid, kind),
+        "update_ours": lambda: our_update(showo, prompt, traj, mid, kind, args.steps),
+    }
+    seconds, rate = {name: [] for name in runs}, 0
+    for _ in range(args.repeat):
+        rate = max(rate, matmul_rate(device))
+        for name, run in runs.items():
+            seconds[name].append(timed(run, device))
+
+    s = medians(seconds)
+    s["rollout_ours"] /= G                      # per image
+    s["update_ours"] /= args.steps              # per trajectory step of a group
+    flop = needed_flops(showo, traj, G, T, mid, args.steps, kind)
+    rollout_s = {who: s[f"rollout_{who}"] for who in ("plain", "ours")}
+    update_s = {who: s[f"update_{who}"] for who in ("plain", "ours")}
+    return {
+        "size": args.size, "device": name_of(device), "torch": torch.__version__,
+        "T": T, "G": G, "transition": kind, "repeat": args.repeat,
+        "log_prob_relative_difference": difference,
+        "same_codes_as_plain": same_codes(showo, prompt, traj, T),
+        "rollout_ratio": rollout_s["plain"] / rollout_s["ours"],
+        "update_ratio": update_s["plain"] / update_s["ours"],
+        "images_per_s": {who: 1 / value for who, value in rollout_s.items()},
+        "trajectory_steps_per_s": {who: 1 / value for who, value in update_s.items()},
+        "tokens_per_s": {who: showo.N / value for who, value in rollout_s.items()},
+        "matmul_tflops": rate / 1e12,
+        "share_of_matmul_rate": {k: flop[k] / s[f"{k}_ours"] / rate for k in flop},
+        "floor_s": {k: flop[k] / rate for k in flop},
+        "seconds": s, "all_seconds": seconds,
+        **bench_memory(args),
+    }
+
+
+def name_of(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def image_columns_only(showo, codes, prompt):
+    """Do plain's pass with the image positions and image columns of the head alone."""
+    head = showo.showo.lm_head
+    columns = slice(showo.code_offset, showo.code_offset + showo.K)
+    weight, bias = head.weight[columns].detach(), head.bias[columns].detach()
+    head.forward = lambda x: F.linear(x[:, -showo.N - 1:-1], weight, bias)
+    plain_logits(showo, codes, prompt)
+    del head.forward
+
+
+def bench_ladder(args):
+    """Time one pass for a group in the middle of a rollout, an idea more at every rung.
+
+    Forward, and forward and backward for p2: medians, milliseconds.
+    """
+    device = torch.device(args.device)
+    showo, T, G = random_showo(args.size, device)
+    prompt, traj, mid = random_prompt(showo), random_trajectory(showo, G, T), T // 2
+    group, codes = prompt.repeat(G), traj.state(mid, showo.K)
+    masked, new = traj.positions(mid, "p1"), traj.positions(mid, "p2")
+
+    def one_at_a_time():
+        for i in range(G):
+            plain_image_logits(showo, codes[i:i + 1], prompt)
+
+    def backward(text, at):
+        logits = showo.logits(codes, text, positions=at)
+        logits.log_softmax(-1)[..., 0].mean().backward()
+
+    with torch.no_grad():
+        ready = showo.prefill(group)
+        forward = median_ms({
+            "plain: an image at a time": one_at_a_time,
+            "a group in one batch": lambda: plain_image_logits(showo, codes, group),
+            "only the image columns of the head": lambda: image_columns_only(showo, codes, group),
+            "the text once": lambda: showo.logits(codes, ready),
+            "head and last block at masked positions only":
+                lambda: showo.logits(codes, ready, positions=masked),
+        }, args.repeat, device)
+    with showo.shared_text(group) as text:
+        both = median_ms({
+            "plain, a group in one batch": lambda: plain_update(showo, prompt, traj, mid, "p2"),
+            "the text once, image columns only": lambda: backward(text, None),
+            "head and last block at new positions only": lambda: backward(text, new),
+        }, args.repeat, device)
+    return {
+        "size": args.size, "device": args.device, "threads": torch.get_num_threads(),
+        "masked": masked.shape[1], "new": new.shape[1],
+        "forward_ms": forward, "forward_and_backward_ms": both,
+    }
+
+
+def seconds_of(showo, P, G, T):
+    """Return the seconds of P groups' rollouts, and of their updates over all T iterations."""
+    prompt, trajs = random_prompt(showo), []
+
+    def rollouts():
+        trajs.extend(our_rollout(showo, prompt, G, T) for _ in range(P))
+
+    def updates():
+        for traj in trajs:
+            our_update(showo, prompt, traj, 0, "p2", T)
+    return {"rollout": timed(rollouts, showo.device), "update": timed(updates, showo.device)}
+
+
+def bench_curve(args):
+    """Time a rollout and an update over all iterations, as G, T and the number of prompts grow."""
+    showo, T0, G0 = random_showo(args.size, torch.device(args.device))
+    points = [(1, G, T0) for G in (2, 6, 12, 24)]
+    points += [(1, G0, T) for T in (10, 20, 50)]
+    points += [(P, G0, 10) for P in (1, 2, 4)]
+    rows = []
+    for P, G, T in points:
+        runs = [seconds_of(showo, P, G, T) for _ in range(args.repeat)]
+        row = {"prompts": P, "G": G, "T": T}
+        for part in ("rollout", "update"):
+            row[part] = statistics.median(run[part] for run in runs)
+        for part in ("rollout", "update"):
+            row[f"{part}_per_image_and_iteration"] = row[part] / (P * G * T)
+        rows.append(row)
+    return {"size": args.size, "device": args.device, "rows": rows}
+
+
+# ------------------------------------------------------------------------------------------ load
+
+def write_zeros(size, folder):
+    """Write a checkpoint of a size's names and shapes, all zeros, as a sparse file."""
+    showo, _, _ = random_showo(size, "meta")
+    header, end = {}, 0
+    for name, weight in showo.state_dict().items():
+        header[name] = {"dtype": "F32", "shape": list(weight.shape),
+                        "data_offsets": [end, end + 4 * weight.numel()]}
+        end += 4 * weight.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "pytorch_model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    write_json(folder / "config.json", showo.config)
+    write_json(folder / "phi_config.json", SIZES[size][0])
+
+
+def convert(folder):
+    """Turn the safetensors file of a folder into pytorch_model.bin."""
+    from safetensors.torch import load_file
+    path = folder / "pytorch_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+
+
+def peak_of_load(folder, dtype):
+    """Return the bytes of the weights, and the most that were resident for loading them."""
+    before = high_water()
+    showo = load_showo(folder, tokenizer="shapes", dtype=dtype)
+    for p in showo.parameters():
+        p.data.view(-1)[::1024].sum()           # every page of a mapped weight
+    return sum(p.nbytes for p in showo.parameters()), high_water() - before
+
+
+def peak_of_decode(size):
+    """Return the bytes resident at most while six pictures are decoded, beyond the weights."""
+    magvit = load_magvit("shapes/magvitv2") if size == "shapes" else MAGVITv2()
+    magvit.requires_grad_(False)
+    n_codes = len(magvit.quantize.embedding)
+    before = high_water()
+    magvit.decode(torch.randint(n_codes, (6, SIZES[size][3])))
+    return high_water() - before
+
+
+def bench_load(args):
+    """Measure the peak of resident memory while loading, over the weights' bytes (Linux, CPU)."""
+    # decoding first: this process has held little so far
+    out, decode = {}, peak_of_decode(args.size)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_zeros(args.size, folder)
+        for kind, dtype in (("safetensors", torch.float32), ("safetensors", torch.bfloat16),
+                            ("bin", torch.bfloat16)):
+            if kind == "bin":
+                convert(folder)
+            weights, peak = in_own_process(peak_of_load, folder, dtype)
+            out[f"{kind} as {str(dtype).removeprefix('torch.')}"] = {
+                "weights_gb": weights / 1e9, "peak_gb": peak / 1e9, "ratio": peak / weights}
+    return out | {"decode_gb": decode / 1e9}
+
+
+COMMANDS = {"speed": bench_speed, "ladder": bench_ladder, "curve": bench_curve,
+            "load": bench_load, "memory": bench_memory}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", nargs="?", default="speed", choices=list(COMMANDS))
+    p.add_argument("--size", choices=list(SIZES), help="default: small; of load: showo-512")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--group", type=int, help="G (default: that of the size)")
+    p.add_argument("--unmask-steps", type=int, help="T (default: that of the size)")
+    p.add_argument("--transition", choices=["p1", "p2"], default="p2")
+    p.add_argument("--steps", type=int, default=4,
+                   help="iterations in one timed update of ours; they share the text")
+    p.add_argument("--repeat", type=int, default=5)
+    p.add_argument("--who", choices=["plain", "ours"], help="of memory; default: both")
+    p.add_argument("--json", type=Path, help="also write the numbers there")
+    args = p.parse_args()
+    args.size = args.size or ("showo-512" if args.what == "load" else "small")
+    numbers = COMMANDS[args.what](args)
+    print(json.dumps({k: v for k, v in numbers.items() if k != "all_seconds"}, indent=2))
+    if args.json:
+        write_json(args.json, numbers)
+
+
+if __name__ == "__main__":
+    main()
