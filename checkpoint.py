@@ -362,6 +362,8 @@ def newest(out) -> Path | None:
         try:
             read_trainer(folder)
             read_weights(folder)
+            for name in HUB_FILES["config"]:
+                read_json(folder / name)
             return folder
         except InputError as error:
             print(f"--resume: passing over {folder.name}: {error}", file=sys.stderr)

@@ -630,8 +630,6 @@ def main():
     lock = checkpoint.Lock(out)
     try:
         common.on_rank_0(claim_output, args, out, lock)
-        if args.resume:
-            common.on_rank_0(checkpoint.rewind, out, resumed["step"] if resumed else -1)
         train(args, out, device, folder, resumed, examples, eval_examples, detector, reward)
     finally:
         lock.release()
@@ -657,6 +655,8 @@ def train(args, out, device, folder, resumed, examples, eval_examples, detector,
     if resumed:
         sample_filter.load_state_dict(resumed["filter"])
         n_bad = resumed["n_bad"]
+    if args.resume:         # nothing of what is there can fail any more
+        common.on_rank_0(checkpoint.rewind, out, start if resumed else -1)
 
     log, stop, clock = common.Log(out, args, start), common.StopSignal(), Clock(device)
     log.say(first_lines(args, out, showo, magvit, len(examples)))
