@@ -187,6 +187,14 @@ def load_strict(model, state, path):
     model.load_state_dict(state, assign=True)
 
 
+def is_shapes(model) -> bool:
+    """Return whether --model names the tiny base, or a checkpoint trained from it."""
+    config = Path(model) / "config.json"
+    if model == "shapes" or not config.exists():
+        return model == "shapes"
+    return read_json(config).get("llm_model_path") == "shapes"
+
+
 # ------------------------------------------------------------------------------ the hub
 
 def fetch(path_or_hub_id, needed, optional=()) -> Path:
@@ -347,8 +355,9 @@ def read_trainer(folder) -> dict:
         trainer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged archive raises whatever its bytes lead to
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
-    if not isinstance(trainer, dict) or not all(
-            type(trainer.get(name)) is kind for name, kind in wanted.items()):
+    sound = isinstance(trainer, dict) and all(
+        type(trainer.get(name)) is kind for name, kind in wanted.items())
+    if not sound or trainer["step"] < 0 or trainer["world"] < 1:
         raise InputError(f"{path}: was not written by train.py")
     return trainer
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from checkpoint import InputError, first_line, parse_json
+from checkpoint import InputError, first_line, is_shapes, parse_json
 
 # ------------------------------------------------------------------------------ flags
 
@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         first = os.environ.get("RANK", "0") == "0"      # all processes have the same flags
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if first else None)
+        line = f"{self.prog}: error: {' '.join(message.split())} (see --help)\n"
+        self.exit(2, line if first else None)
 
 
 def in_range(kind, low, high=math.inf):
@@ -42,7 +43,7 @@ def in_range(kind, low, high=math.inf):
         except ValueError:
             name = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high or value == math.inf:
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
         return value
@@ -74,7 +75,7 @@ def add_sampling_flags(add):
 
 def sampling_settings(args) -> dict:
     """Return what sample.generate takes, from the flags of add_sampling_flags."""
-    tiny = args.model == "shapes"
+    tiny = is_shapes(args.model)
     T, guidance, batch = (16, 0.0, 256) if tiny else (50, 5.0, 8)
     return {"T": T if args.steps is None else args.steps,
             "guidance": guidance if args.cfg is None else args.cfg,
@@ -132,9 +133,10 @@ def run(main):
 def fault_line(error) -> str | None:
     """Return what an exception says to users; None for one that only a traceback explains."""
     if isinstance(error, InputError):
-        return str(error)
+        return " ".join(str(error).splitlines())    # it may quote line breaks of the user's
     if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
-        return f"{error.filename or 'a file'}: {error.strerror}; make room or choose another"
+        name = " ".join(str(error.filename or "a file").splitlines())
+        return f"{name}: {error.strerror}; make room or choose another"
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory; a smaller --micro-batch or --batch needs less ({first_line(error)})"
     lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
@@ -367,7 +369,7 @@ def before_after_table(rows) -> str:
     first, last = rows[0], rows[-1]
     lines = [f"{'':<16}{'before':>8} -> {'after':<8}  (steps {first['step']} and {last['step']})"]
     for name in first:
-        if name != "step" and None not in (first[name], last.get(name)):
+        if name != "step" and isinstance(first[name], float) and isinstance(last.get(name), float):
             lines.append(f"{name:<16}{first[name]:8.3f} -> {last[name]:<8.3f}")
     return "\n".join(lines)
 

@@ -36,13 +36,14 @@ from PIL import Image, ImageOps
 
 import common
 import shapes
-from checkpoint import InputError, fetch, first_line, read_json, write_json
+from checkpoint import InputError, fetch, first_line, is_shapes, read_json, write_json
 from model import describe, load_models
 from sample import generate
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 COLOUR_CLIP = "ViT-L-14-quickgelu/openai"
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, OVERLAP = 0.3, 0.9, 16, 0.1
+NOT_TAGS = ("step", "overall", "exact", "objects", "objects_asked", "images", "interval95")
 RELATIONS = ["left of", "right of", "above", "below"]
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 CLASSES = (  # entry i is the detector's class i
@@ -115,28 +116,36 @@ def is_geneval(example) -> bool:
         for clauses in (example["include"], example.get("exclude", [])):
             for i, clause in enumerate(clauses):
                 texts.append(clause["class"])
-                if type(clause["count"]) is not int or clause["count"] < 1:
+                if type(clause["count"]) is not int or not 1 <= clause["count"] <= 1000:
                     return False
                 if "position" in clause:
                     relation, target = clause["position"]
                     texts.append(relation)
-                    if target not in range(i):  # an earlier clause
+                    if type(target) is not int or not 0 <= target < i:  # an earlier clause
                         return False
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
     return len(example["include"]) > 0 and all(isinstance(text, str) for text in texts)
 
 
-def unknown_words(example, classes=CLASSES, colours=COLOURS) -> list[str]:
-    """Return the classes, colours and relations of an example that a detector cannot find, so that
-    its reward would be 0 for ever."""
+def check_example(example, where, tiny=False):
+    """Raise InputError unless an example has metadata, and asks for classes, colours and relations
+    that the detector can find (else its reward would be 0 for ever).
+
+    tiny: the detector is that of shapes.py."""
+    if not is_geneval(example):
+        raise InputError(f"{where} lacks GenEval metadata (tag, include, prompt)")
+    if example["tag"] in NOT_TAGS:
+        raise InputError(f"{where}: the tag {example['tag']!r} is the name of another number")
+    classes, colours = (shapes.CLASSES, shapes.COLOURS) if tiny else (CLASSES, COLOURS)
     unknown = []
     for clause in [*example["include"], *example.get("exclude", [])]:
         relation = clause.get("position", [None])[0]
         unknown += [] if clause["class"] in classes else [clause["class"]]
         unknown += [] if clause.get("color") in (None, *colours) else [str(clause["color"])]
         unknown += [] if relation in (None, *RELATIONS) else [relation]
-    return unknown
+    if unknown:
+        raise InputError(f"{where}: the detector does not know {', '.join(unknown)}")
 
 
 # ------------------------------------------------------------------------------------- scoring
@@ -537,8 +546,8 @@ def draw_folder(out, examples, n, draw, batch, rank=0, world=1) -> int:
     for i in range(rank, len(examples), world):
         folder, text = out / f"{i:05d}", json.dumps(examples[i])
         metadata = folder / "metadata.jsonl"
-        before = metadata.read_text() if metadata.exists() else ""
-        if before not in ("", text):
+        before = metadata.read_bytes() if metadata.exists() else b""
+        if before not in (b"", text.encode()):
             raise InputError(f"--out {out}: {folder.name} belongs to another prompt; "
                              "choose a new folder")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -577,8 +586,7 @@ def score_folder(out, detect, batch=8, rank=0, world=1) -> list[dict]:
     examples = {}  # of each picture
     for folder in prompt_folders(out)[rank::world]:
         example = read_json(folder / "metadata.jsonl")
-        if not is_geneval(example):
-            raise InputError(f"{folder}/metadata.jsonl: lacks GenEval metadata (tag, include)")
+        check_example(example, f"{folder}/metadata.jsonl:", detect is shapes.detect)
         files = sorted(f for f in (folder / "samples").glob("*.png") if f.stem.isdigit())
         if not files:
             raise InputError(f"{folder}/samples: holds no picture; draw it, or remove the folder")
@@ -683,10 +691,10 @@ def main():
     if args.prompts:
         examples = common.read_prompts(args.prompts)
     else:
-        examples = shapes.prompts("eval") if args.model == "shapes" else geneval_prompts()
-    if not all(map(is_geneval, examples)):
-        p.error(f"--prompts {args.prompts}: every line needs GenEval metadata (tag, include, "
-                "prompt)")
+        examples = shapes.prompts("eval") if is_shapes(args.model) else geneval_prompts()
+    name = args.detector or ("shapes" if is_shapes(args.model) else DETECTOR)
+    for number, example in enumerate(examples, 1):
+        check_example(example, f"--prompts {args.prompts}: prompt {number}", name == "shapes")
 
     rank, world, device = common.setup(args.device)
     sampling, dtype = common.sampling_settings(args), common.choose_dtype(args.dtype, device)
@@ -696,7 +704,6 @@ def main():
         prepare_out(out, {"model": args.model, "ckpt": ckpt, "vq": args.vq, **sampling,
                           "dtype": str(dtype).removeprefix("torch."), "n": args.n}, rank)
 
-    name = args.detector or ("shapes" if args.model == "shapes" else DETECTOR)
     if not args.images_only:  # before the drawing, so that its faults show at once
         detector = load_detector(name, device, args.detect_batch)
 

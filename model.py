@@ -31,6 +31,7 @@ from checkpoint import (
     build,
     fetch,
     first_line,
+    is_shapes,
     load_strict,
     read_json,
     read_weights,
@@ -131,6 +132,8 @@ class Showo(nn.Module):
         self.phi = {**PHI_1_5, **phi, "vocab_size": config["vocab_size"], "qk_layernorm": True,
                     "tie_word_embeddings": False}
         self.phi_config = PhiConfig.from_dict(dict(self.phi))
+        if not 0 < self.phi["partial_rotary_factor"] <= 1:
+            raise InputError("phi_config.json: partial_rotary_factor must be over 0, at most 1")
         self.showo = PhiForCausalLM._from_config(self.phi_config, attn_implementation="sdpa")
         if self.phi_config.hidden_act == "gelu_new":
             for layer in self.showo.model.layers:  # the same, in one kernel
@@ -347,9 +350,9 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
         config = read_json(folder / "config.json")
     if (folder / "phi_config.json").exists():
         phi = read_json(folder / "phi_config.json")
+    state = read_weights(path, device=device, dtype=dtype)
     own_tokenizer = folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"
     text = load_tokenizer(tokenizer or own_tokenizer)
-    state = read_weights(path, device=device, dtype=dtype)
     if config is None:
         config, sizes = _infer_config(path, state, len(text))
         phi = {**sizes, **phi}
@@ -408,14 +411,6 @@ def _infer_config(path, state, n_text):
               "vocab_size": vocab, "w_clip_vit": False}
     return config, dict(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
                         num_hidden_layers=len(layers))
-
-
-def is_shapes(model) -> bool:
-    """Return whether --model names the tiny base, or a checkpoint trained from it."""
-    config = Path(model) / "config.json"
-    if model == "shapes" or not config.exists():
-        return model == "shapes"
-    return read_json(config).get("llm_model_path") == "shapes"
 
 
 def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtype=torch.float32):

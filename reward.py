@@ -416,8 +416,10 @@ class HttpReward:
         while True:
             try:
                 return self.post(body)
-            except (OSError, http.client.HTTPException) as error:
-                refused = 300 <= getattr(error, "code", 500) < 500
+            except InputError:
+                raise
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                refused = isinstance(error, ValueError) or 300 <= getattr(error, "code", 500) < 500
                 if refused or time.monotonic() + wait > end:
                     raise InputError(
                         f"--reward http:{self.url}: no scores ({first_line(error)}); is the server "

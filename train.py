@@ -35,11 +35,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import checkpoint
 import common
 import shapes
-from checkpoint import InputError, first_line
+from checkpoint import InputError, is_shapes
 from common import all_cat, all_sum, in_range
-from eval_geneval import is_geneval, unknown_words, verdicts
+from eval_geneval import check_example, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
-from model import describe, is_shapes, load_models, to_uint8
+from model import describe, load_models, to_uint8
 from reward import make_reward
 from sample import Trajectory, generate, remask, rollout, transition_log_prob
 
@@ -48,14 +48,13 @@ PRESETS = {
                   weight_decay=0.02, micro_batch=6, filter_warmup=50, reward="clip", eval_every=0,
                   eval_n=1, eval_unmask_steps=50, eval_guidance=5.0, sample_every=50,
                   save_every=100),
-    "shapes": dict(steps=45, group_size=8, prompts_per_step=24, unmask_steps=16, lr=7e-4, warmup=3,
+    "shapes": dict(steps=60, group_size=8, prompts_per_step=24, unmask_steps=16, lr=7e-4, warmup=3,
                    weight_decay=0.0, micro_batch=256, filter_warmup=48, reward="geneval:exact",
                    eval_every=15, eval_n=8, eval_unmask_steps=16, eval_guidance=0.0,
                    sample_every=15, save_every=15)}
 RECIPES = {
     "paper": dict(kl=False, filter_low=True, transition="p1"),             # Sec. 3.2, 3.3
     "best": dict(kl=False, filter_low=True, loss_steps_from="last")}       # results/experiments
-NOT_TAGS = ("step", "overall", "exact", "objects", "objects_asked")
 MUST_MATCH = ("model", "group_size", "unmask_steps", "transition", "trajectory", "inner_epochs",
               "kl", "seed")
 MAY_CHANGE = ("out", "resume", "wandb", "recipe", "eval_every", "sample_every", "save_every",
@@ -71,8 +70,10 @@ def parse_args():
     common.add_model_flags(add)
     add("--prompts", help="txt, or jsonl with metadata (default: prompts/train.txt)")
     add("--reward", help="see reward.py: clip, geneval:exact, or a weighted sum")
-    add("--reward-timeout", type=at_least_0, default=120.0, help="seconds for a server's answer")
-    add("--reward-patience", type=at_least_0, default=300.0, help="seconds to ask a server again")
+    add("--reward-timeout", type=in_range(float, 0, 1e6), default=120.0,
+        help="seconds for a server's answer")
+    add("--reward-patience", type=in_range(float, 0, 1e6), default=300.0,
+        help="seconds to ask a server again")
     add("--out", help="output folder (default: a new one under runs/)")
     add("--resume", nargs="?", const="auto", help="the newest checkpoint in --out, or this one")
     add("--seed", type=in_range(int, 0, 2 ** 31), default=42)
@@ -142,6 +143,8 @@ def check_flags(p, args):
         p.error("--wandb needs the package: pip install wandb")
     if args.zero and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         p.error("--zero shards over processes: start with torchrun --nproc_per_node N")
+    if args.resume == "":
+        p.error("--resume is empty; give a checkpoint folder, or nothing after it")
     if args.resume == "auto" and not args.out:
         p.error("--resume without a checkpoint needs --out, the folder of the run to continue")
 
@@ -440,27 +443,18 @@ def load_examples(args):
         if tiny if split == "eval" else "geneval" in args.reward:
             flag = "--prompts" if split == "train" else "--eval-prompts"
             for number, example in enumerate(examples, 1):
-                check_metadata(example, f"{flag} {path}: prompt {number}", tiny)
+                check_example(example, f"{flag} {path}: prompt {number}", tiny)
         sets.append(examples)
     return *sets, shapes.detect if tiny else None
-
-
-def check_metadata(example, where, tiny):
-    """Raise InputError unless the detector can find what an example asks for."""
-    if not is_geneval(example):
-        raise InputError(f"{where} lacks GenEval metadata (tag, include)")
-    known = (shapes.CLASSES, list(shapes.COLOURS)) if tiny else ()
-    unknown = unknown_words(example, *known)
-    if unknown:
-        raise InputError(f"{where}: the detector does not know {', '.join(unknown)}")
-    if example["tag"] in NOT_TAGS:
-        raise InputError(f"{where}: the tag {example['tag']!r} is a column of eval.jsonl")
 
 
 def output_path(args) -> Path:
     """Return --out, the folder of the run to resume, or a new one under runs/."""
     if args.out or args.resume:
-        return Path(args.out or Path(args.resume).resolve().parent)
+        out = args.out or str(Path(args.resume).resolve().parent)
+        if not out.isprintable():
+            raise InputError(f"--out {out!r}: give a name of printable characters")
+        return Path(out)
     return Path("runs") / f"{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -518,14 +512,31 @@ def make_optimizer(args, showo, resumed):
     else:
         optimizer = torch.optim.AdamW(showo.parameters(), **settings)
     if resumed:
-        try:
-            optimizer.load_state_dict(resumed["optimizer"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise InputError("--resume: the optimizer state of trainer.pt does not fit "
-                             f"({first_line(error)})") from None
+        check_state(resumed, optimizer)
+        optimizer.load_state_dict(resumed["optimizer"])
         for group in optimizer.param_groups:
             group["weight_decay"] = args.weight_decay       # as the flag says now
     return optimizer
+
+
+def check_state(resumed, optimizer):
+    """Raise InputError unless trainer.pt has what AdamW and the filter keep, of the right shape."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        group, = resumed["optimizer"]["param_groups"]
+        fits = group.keys() == optimizer.param_groups[0].keys()
+        fits = fits and group["params"] == list(range(len(params)))
+        fits = fits and all(isinstance(beta, float) for beta in (*group["betas"], group["eps"]))
+        for i, state in resumed["optimizer"]["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                fits = fits and state[name].shape == params[i].shape
+            fits = fits and state["step"].numel() == 1
+        fits = fits and all(isinstance(std, float) for std in resumed["filter"]["history"])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        fits = False
+    if not fits:
+        raise InputError("--resume: the optimizer or the filter in trainer.pt does not fit this "
+                         "model; take another checkpoint")
 
 
 def is_sound(showo, T) -> bool:

@@ -1,0 +1,131 @@
+"""What the README says of the code: its example, its index of equations; and the width of lines."""
+import ast
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+# ------------------------------------------------------------------------------ the example
+
+ALONE = """
+import json
+import sys
+
+folder, allowed = sys.argv[1], set(json.loads(sys.argv[2])) | set(sys.stdlib_module_names)
+
+
+finders = list(sys.meta_path)
+
+
+class Allowed:
+    # in the place of all finders: finds what is allowed, so that the rest is as if not installed
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        own = name.startswith("_sysconfigdata")     # Python's, named after the machine
+        if name.partition(".")[0] not in allowed and not own:
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in finders)
+        return next((spec for spec in specs if spec), None)
+
+
+sys.meta_path[:] = [Allowed]
+sys.path.insert(0, folder)
+for name in ("safetensors", "transformers", "common", "model"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{name} can be imported")
+exec(open(f"{folder}/example.py").read())
+"""
+
+
+def packages_of(distribution):
+    """Return the names of the distributions that one needs, itself included."""
+    found, left = set(), [distribution]
+    while left:
+        name = re.match(r"[\w.-]+", left.pop()).group().lower().replace("_", "-")
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            required = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        left += [line for line in required if "extra ==" not in line]
+    return found
+
+
+def test_the_example_needs_two_files_and_torch_alone(tmp_path):
+    """sample.py and grpo.py in a folder of their own, where nothing else can be imported."""
+    section = re.search(r"\n#+ [^\n]*your own[^\n]*\n(.*)", README, re.S | re.I).group(1)
+    code, text = re.search(r"```python\n(.*?)```(.*)", section, re.S).groups()
+    promised = re.search(r"prints\s+`(reward \S+ -> \S+)`", text).group(1)
+    for name in ("sample.py", "grpo.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "example.py").write_text(code)
+
+    needed = packages_of("torch")
+    allowed = [module for module, owners in importlib.metadata.packages_distributions().items()
+               if needed & {owner.lower().replace("_", "-") for owner in owners}]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, tmp_path, json.dumps([*allowed, "sample", "grpo"])],
+        capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == promised
+
+
+# ------------------------------------------------------------------------------ the equations
+
+def numbers(text):
+    """Return the numbers of the equations that a text names: "Eq. 1-3 and 5" names four."""
+    found, part = set(), r"\d+(?:-\d+)?"
+    for group in re.findall(rf"Eq\. ({part}(?:(?:, | and ){part})*)", text):
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", group):
+            found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def test_how_equations_are_named():
+    assert numbers("Eq. 1-3 and 5, but 8 is none; Eq. 10, 12") == {1, 2, 3, 5, 10, 12}
+
+
+ROWS = re.findall(r"^\| *(Eq\. [^|]*?) *\| *`?([^|]*?)`? *\|", README, re.M)
+
+
+def test_the_index_names_every_equation_that_is_computed():
+    named = set().union(*(numbers(equations) for equations, _ in ROWS))
+    assert named >= {1, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+
+
+@pytest.mark.parametrize("equations, places", ROWS)
+def test_the_index_of_equations_is_true(equations, places):
+    """The function or class is there, and names the equations in its source."""
+    for place in places.replace("`", "").split(", "):
+        file, name = place.split(":")
+        source = (ROOT / file).read_text()
+        node, lines = ast.parse(source), source.splitlines()
+        for part in name.removesuffix("()").split("."):     # Class.method too
+            node, = (child for child in node.body if getattr(child, "name", None) == part)
+        own = "\n".join(lines[node.lineno - 1:node.end_lineno])
+        missing = numbers(equations) - numbers(own)
+        assert not missing, f"{place} does not name {sorted(missing)}"
+
+
+# ------------------------------------------------------------------------------ lines
+
+def test_lines_have_at_most_100_columns():
+    ours = [path for path in ROOT.rglob("*.py")
+            if not {"runs", "build"} & set(path.relative_to(ROOT).parts)
+            and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+    assert len(ours) > 15
+    wide = [f"{path.relative_to(ROOT)}:{number}" for path in ours
+            for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+    assert not wide
