@@ -43,7 +43,7 @@ def in_range(kind, low, high=math.inf):
         except ValueError:
             name = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
-        if not low <= value <= high or value == math.inf:
+        if not low <= value <= high or value > 10 ** 12:
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
         return value
@@ -102,7 +102,7 @@ def flags_line(values: dict) -> str:
 
 def without_passwords(text: str) -> str:
     """Return a text whose URLs have lost their NAME:PASSWORD@."""
-    return re.sub(r"(://)[^/@\s]*@", r"\1", text)
+    return re.sub(r"(://)[^/\s]*@", r"\1", text)
 
 
 # ------------------------------------------------------------------------------ processes

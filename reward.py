@@ -106,7 +106,8 @@ def make_reward(spec: str, *, device="cpu", detector=None, finite=True, **server
             function = HttpReward(argument, **server)
             argument = function.url     # without its password
         else:
-            raise InputError(f"--reward {spec}: {name!r} is not known; use {USAGE}")
+            raise InputError(f"--reward {common.without_passwords(spec)}: {name!r} is not known; "
+                             f"use {USAGE}")
         parts.append((f"{name}:{argument}" if argument else name, weight, function))
     return Reward(parts, finite)
 

@@ -129,7 +129,11 @@ def plain_logits(showo, codes, prompt):
 
 def plain_image_logits(showo, codes, prompt):
     """Return the logits of the image tokens, Float32 (B, N, K)."""
-    logits = plain_logits(showo, codes, prompt)
+    return image_part(showo, plain_logits(showo, codes, prompt))
+
+
+def image_part(showo, logits):
+    """Return the image positions and image columns of plain_logits()."""
     return logits[:, -showo.N - 1:-1, showo.code_offset:-1].float()
 
 
@@ -156,7 +160,8 @@ def plain_rollout(showo, prompt, T):
 def plain_update(showo, prompt, traj, t, kind):
     """Take the gradient of iteration t of a group -> log-probabilities, Float (G,)."""
     state, group = traj.state(t, showo.K), prompt.repeat(len(traj.codes))
-    logp = plain_image_logits(showo, state, group).log_softmax(-1)
+    logits = plain_logits(showo, state, group)      # all of them are kept for the backward pass
+    logp = image_part(showo, logits).log_softmax(-1)
     new, remasked = traj.order == t, traj.order > t
     terms = logp.gather(-1, traj.codes[..., None])[..., 0] * new                # Eq. 15
     if kind == "p1":                                                            # Eq. 14

@@ -273,6 +273,46 @@ def test_a_trainer_that_train_did_not_write_is_said(tmp_path, content):
         checkpoint.read_trainer(tmp_path)
 
 
+def another_shape(saved):
+    saved["optimizer"]["state"][1]["exp_avg"] = torch.zeros(3)
+
+
+def no_moments(saved):
+    del saved["optimizer"]["state"][1]["exp_avg_sq"]
+
+
+def one_parameter_less(saved):
+    saved["optimizer"]["param_groups"][0]["params"].pop()
+
+
+def one_parameter_more(saved):
+    saved["optimizer"]["state"][9] = saved["optimizer"]["state"][1]
+
+
+def no_group(saved):
+    saved["optimizer"]["param_groups"] = []
+
+
+def no_history(saved):
+    del saved["filter"]["history"]
+
+
+@pytest.mark.parametrize("harm", [another_shape, no_moments, one_parameter_less, one_parameter_more,
+                                  no_group, no_history])
+def test_a_state_that_does_not_fit_is_said(harm):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert train.check_state(trainer_of(1, optimizer), optimizer) is None      # without a step, too
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    saved = trainer_of(1, optimizer)
+    assert train.check_state(saved, torch.optim.AdamW(model.parameters())) is None
+    harm(saved)
+    with pytest.raises(InputError, match="--resume: the optimizer or the filter in trainer.pt does "
+                       "not fit"):
+        train.check_state(saved, torch.optim.AdamW(model.parameters()))
+
+
 def test_a_resume_that_fails_takes_nothing_back(monkeypatch, tmp_path):
     """Rows and checkpoints after the step that --resume names go only when the run goes on."""
     run = tmp_path / "run"
@@ -383,12 +423,12 @@ def test_saving_again_keeps_what_was_there_and_drops_old_ones(run_of_two, tmp_pa
 # ------------------------------------------------------------------------------ not finite
 
 def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(monkeypatch, tmp_path, capsys):
-    run, plain = tmp_path / "run", train.clipped_objective
+    run, plain, flags = tmp_path / "run", train.clipped_objective, ("--unmask-steps", 8)
     monkeypatch.setattr(train, "clipped_objective", lambda *a: plain(*a) * float("nan"))
     message = (f"^2 steps had something that is not finite; look.*; saved: {run}/checkpoint-2, "
                f"continue with --resume --out {run}$")
     with pytest.raises(InputError, match=message):
-        call(monkeypatch, "--out", run, "--max-bad-steps", 2, "--save-every", 0)
+        call(monkeypatch, "--out", run, "--max-bad-steps", 2, "--save-every", 0, *flags)
     rows = metrics(run)
     assert [row["skipped"] for row in rows] == [1, 1] and rows[0]["grad_norm"] is None
     assert len(rows[0]["bad_prompts"]) > 1                      # every prompt of the pass
@@ -396,8 +436,9 @@ def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(monkeypatch, 
     assert equal(weights(run / "checkpoint-2"), weights(ROOT / "shapes"))
 
     monkeypatch.setattr(train, "clipped_objective", plain)
-    call(monkeypatch, "--out", run, "--max-bad-steps", 3, "--resume")
+    call(monkeypatch, "--out", run, "--max-bad-steps", 3, "--resume", *flags)
     assert [row["skipped"] for row in metrics(run)] == [1, 1, 0, 0]
+    assert checkpoint.read_trainer(run / "checkpoint-4")["n_bad"] == 2      # all of the run's
 
 
 def test_log_probabilities_that_are_not_finite_are_logged_with_their_prompt(monkeypatch, tmp_path):
@@ -413,7 +454,7 @@ def test_log_probabilities_that_are_not_finite_are_logged_with_their_prompt(monk
         return batch, n_resampled
     monkeypatch.setattr(train, "transition_log_prob", spoilt)
     monkeypatch.setattr(train, "collect", collected)
-    call(monkeypatch, "--out", tmp_path / "run", "--steps", 1)
+    call(monkeypatch, "--out", tmp_path / "run", "--steps", 1, "--unmask-steps", 8)
     row, = metrics(tmp_path / "run")
     batch, = batches
     used = train.group_advantages(batch.rewards).flatten().nonzero()[:, 0]

@@ -214,6 +214,11 @@ def test_too_many_skipped_steps_end_the_run_everywhere(two):
     assert len(metrics(run)) == 2 and gradients(two, "never-finite") == []
     equal(weights(run / "checkpoint-2"), weights(ROOT / "shapes"))
 
+    # shards of an optimizer that has not stepped are saved, too
+    assert checkpoint.read_trainer(run / "checkpoint-1")["optimizer"]["state"] == {}
+    assert [row["skipped"] for row in metrics(two / "finite-again")] == [1, 0]
+    assert moments(two / "finite-again/checkpoint-2")[0, "step"] == 1
+
 
 def test_a_reward_that_fails_on_one_process_ends_the_run_everywhere(two):
     run = two / "no-server"
@@ -283,7 +288,7 @@ common.run(train.main)
 
 
 @pytest.mark.parametrize("how, error", [
-    ("broken", "[rank1]: OSError: the disk of machine 1 is gone"),
+    ("broken", "OSError: the disk of machine 1 is gone"),
     ("killed", "dies.py: error: lost another process, or the network between them (")])
 def test_a_process_that_dies_takes_the_job_down_with_its_own_error(tmp_path, how, error):
     (tmp_path / "dies.py").write_text(DIES)
@@ -291,9 +296,9 @@ def test_a_process_that_dies_takes_the_job_down_with_its_own_error(tmp_path, how
     started = torchrun(tmp_path / "dies.py", how, *FLAGS, "--steps", 500, "--out", run)
     _, errors = started.communicate(timeout=120)
     assert started.returncode != 0 and len(metrics(run)) == 1
-    lines = [line for line in errors.splitlines() if "rror: " in line or "gloo" in line]
+    lines = [line for line in errors.splitlines() if "rror: " in line]
     own = [line for line in lines if not line.startswith("torch.distributed.elastic")]
-    assert len(own) == 1 and own[0].startswith(error), errors[-3000:]
+    assert len(own) == 1 and own[0].removeprefix("[rank1]: ").startswith(error), errors[-3000:]
 
 
 # ------------------------------------------------------------------------------ the script
@@ -382,15 +387,16 @@ def main(out):
     stopped("no-run", "--out", out / "nowhere", "--resume")
 
     spoil_rewards(0.0, 9 * 16)      # its groups are all under the bar, three times in each step
-    scenario("filtered", "--steps", 5, "--unmask-steps", 8, "--filter-warmup", 1,
+    scenario("filtered", "--steps", 5, "--unmask-steps", 16, "--filter-warmup", 1,
              "--max-resample", 2, "--save-every", 0)
     spoil_rewards(float("nan"), 3 * 16)
     scenario("not-finite", "--steps", 5, "--save-every", 0)
-    stopped("never-finite", "--steps", 5, "--max-bad-steps", 2)
+    stopped("never-finite", "--steps", 5, "--max-bad-steps", 2, "--zero")
     spoil_rewards(None, 16)
     stopped("no-server", "--steps", 5)
 
     train.make_reward = PLAIN["make_reward"]
+    continued("never-finite", "finite-again", "--zero")
     in_step_2_of_process_1(ask_to_stop)
     scenario("asked", "--steps", 5, "--save-every", 0)
     in_step_2_of_process_1(lose_a_bit)
