@@ -275,9 +275,11 @@ def save(folder, showo, trainer, keep_last=0):
         torch.save(trainer, tmp_path / "trainer.pt")
         for path in (*tmp_path.iterdir(), tmp_path):
             flush(path)
-        set_aside(folder)
+        replaced = set_aside(folder)
         tmp_path.rename(folder)
         flush(out)
+        if not folder.name[11:].isdigit():      # checkpoint-best: the one before was the same run's
+            shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(tmp_path, ignore_errors=True)
         raise InputError(f"{folder}: cannot be saved ({first_line(error)}); {last_one(out)}; "
@@ -337,11 +339,12 @@ def flush(path):
 
 
 def set_aside(folder):
-    """Rename a checkpoint that another one is to replace, if it is there."""
+    """Rename a checkpoint that another one is to replace, if it is there -> its new name."""
+    replaced = folder.with_name(folder.name + ".replaced")
     if folder.exists():
-        replaced = folder.with_name(folder.name + ".replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
+    return replaced
 
 
 def read_trainer(folder) -> dict:

@@ -11,11 +11,13 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
+import numpy
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from checkpoint import InputError, first_line, is_shapes, parse_json
@@ -84,11 +86,18 @@ def sampling_settings(args) -> dict:
             "annealing": args.annealing}
 
 
-def check_png(p, out):
-    """End the program with one line unless a PNG can be written there."""
+def check_output(p, out) -> bool:
+    """Return whether out is a folder, which is created, and not a PNG. Ends the program with one
+    line when it can be neither."""
     out = Path(out)
-    if out.suffix.lower() != ".png" or not out.absolute().parent.is_dir() or out.is_dir():
-        p.error(f"--out {out}: must be a .png in a folder that exists")
+    if out.suffix.lower() == ".png" and not out.is_dir():
+        if not out.absolute().parent.is_dir():
+            p.error(f"--out {out}: there is no such folder")
+        return False
+    if out.exists() and not out.is_dir():
+        p.error(f"--out {out}: must be a .png, or a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return True
 
 
 def flags_line(values: dict) -> str:
@@ -379,6 +388,39 @@ def before_after_table(rows) -> str:
 def to_pil(image):
     """Return uint8 [3, H, W] as a PIL image."""
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def read_picture(path):
+    """Return a picture file as uint8[3, H, W], or None when it is missing, broken or a bomb."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            rgb = numpy.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning,
+            Image.DecompressionBombError):
+        return None
+    return torch.from_numpy(rgb).permute(2, 0, 1)
+
+
+def draw_files(files: dict, prompts, n, draw, batch) -> int:
+    """Draw the pictures that are missing or broken, and return how many were.
+
+    files: {i: n paths}, the pictures of prompt i, whose seed is i. draw(prompts, n=, seeds=)
+    returns uint8[len(prompts) * n, 3, H, W]; about batch pictures at a time are in memory. A
+    picture has its name when it is whole."""
+    lacking = {i: [path for path in paths if read_picture(path) is None]
+               for i, paths in files.items()}
+    todo, chunk = [i for i, paths in lacking.items() if paths], max(1, batch // n)
+    for start in range(0, len(todo), chunk):
+        numbers = todo[start:start + chunk]
+        pictures = draw([prompts[i] for i in numbers], n=n, seeds=numbers)
+        for i, group in zip(numbers, pictures.split(n), strict=True):
+            for path, picture in zip(files[i], group, strict=True):
+                if path in lacking[i]:
+                    tmp_path = path.with_suffix(".part")
+                    to_pil(picture).save(tmp_path, "PNG")
+                    tmp_path.rename(path)
+    return sum(map(len, lacking.values()))
 
 
 def grid(images, captions, columns):

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 eval_geneval.py --ckpt runs/NAME/checkpoint-1000 --out runs/after
     python eval_geneval.py --score-only DIR                   # pictures of any other model
     python eval_geneval.py --model shapes --out runs/eval     # the tiny base, its exact detector
+    python eval_geneval.py --write-prompts geneval-train.jsonl --n 50000        # to train on
 
 Three things are passed around:
 
@@ -26,13 +27,12 @@ import json
 import math
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 import common
 import shapes
@@ -44,6 +44,7 @@ DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 COLOUR_CLIP = "ViT-L-14-quickgelu/openai"
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, OVERLAP = 0.3, 0.9, 16, 0.1
 NOT_TAGS = ("step", "overall", "exact", "objects", "objects_asked", "images", "interval95")
+SHARES = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 RELATIONS = ["left of", "right of", "above", "below"]
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 CLASSES = (  # entry i is the detector's class i
@@ -64,33 +65,59 @@ def geneval_prompts(seed: int = 43, n: int = 100) -> list[dict]:
 
     Source: djghosh13/geneval, prompts/create_prompts.py."""
     rng = np.random.default_rng(seed)
-    things = CLASSES[1:]  # all but a person
     examples = []
     for i in rng.choice(len(CLASSES), size=min(n, len(CLASSES)), replace=False):
         x = {"class": CLASSES[i], "count": 1}
         examples.append(_example("single_object", [x], _an(x)))
-    for _ in range(n):
-        x, y = ({"class": name, "count": 1} for name in _pick_two(rng, CLASSES))
-        examples.append(_example("two_object", [x, y], f"{_an(x)} and {_an(y)}"))
-    for _ in range(n):
+    for tag in ("two_object", "counting", "colors", "position", "color_attr"):
+        examples += [draw_example(tag, rng) for _ in range(n)]
+    return list({json.dumps(example): example for example in examples}.values())
+
+
+def draw_example(tag, rng) -> dict:
+    """Return a random example of a tag (not single_object), with GenEval's random numbers."""
+    things = CLASSES[1:]  # all but a person
+    if tag == "counting":
         name, count = _pick(rng, CLASSES), int(rng.integers(2, 4, endpoint=True))
         x, more = {"class": name, "count": count}, {"class": name, "count": count + 1}
         text = f"{shapes.NUMBERS[count]} {shapes.plural(name)}"
-        examples.append(_example("counting", [x], text, exclude=[more]))
-    for _ in range(n):
+        return _example(tag, [x], text, exclude=[more])
+    if tag == "colors":
         x = {"class": _pick(rng, things), "count": 1, "color": _pick(rng, COLOURS)}
-        examples.append(_example("colors", [x], _an(x)))
-    for _ in range(n):
-        x, y = ({"class": name, "count": 1} for name in _pick_two(rng, CLASSES))
+        return _example(tag, [x], _an(x))
+    names = _pick_two(rng, things if tag == "color_attr" else CLASSES)
+    x, y = ({"class": name, "count": 1} for name in names)
+    if tag == "position":
         relation = _pick(rng, RELATIONS)
         text = f"{_an(x)} {relation} {_an(y)}"
-        examples.append(_example("position", [y, x | {"position": [relation, 0]}], text))
-    for _ in range(n):
-        names, colours = _pick_two(rng, things), _pick_two(rng, COLOURS)
-        x, y = ({"class": name, "count": 1, "color": colour}
-                for name, colour in zip(names, colours, strict=True))
-        examples.append(_example("color_attr", [x, y], f"{_an(x)} and {_an(y)}"))
-    return list({json.dumps(example): example for example in examples}.values())
+        return _example(tag, [y, x | {"position": [relation, 0]}], text)
+    if tag == "color_attr":
+        x["color"], y["color"] = _pick_two(rng, COLOURS)
+    return _example(tag, [x, y], f"{_an(x)} and {_an(y)}")
+
+
+def training_prompts(n: int, seed: int = 0) -> list[dict]:
+    """Return n examples to train on, none of which asks what an official prompt asks, whatever the
+    order of its two objects.
+
+    Position : counting : color_attr : colors : two_object = 7:5:3:1:1, as in yifan123/flow_grpo."""
+    rng, held_out = np.random.default_rng(seed), {_asks(e) for e in geneval_prompts()}
+    shares = np.array(list(SHARES.values())) / sum(SHARES.values())
+    examples = []
+    for tag in rng.choice(list(SHARES), size=n, p=shares):
+        example = draw_example(tag, rng)
+        while _asks(example) in held_out:
+            example = draw_example(tag, rng)
+        examples.append(example)
+    return examples
+
+
+def _asks(example):
+    """Return what a prompt asks, less the order of its objects and the sense of its relation."""
+    axis = {"left of": 0, "right of": 0, "above": 1, "below": 1}
+    return example["tag"], frozenset(
+        (clause["class"], clause["count"], clause.get("color")) for clause in example["include"]), {
+        axis[clause["position"][0]] for clause in example["include"] if "position" in clause} == {1}
 
 
 def _example(tag, include, text, **exclude):
@@ -505,25 +532,13 @@ def load_detector(name, device="cpu", batch=8):
 
 # ------------------------------------------------------------------------ pictures and results
 
-def read_picture(path):
-    """Return a picture file as uint8[3, H, W], or None when it is missing, broken or a bomb."""
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            rgb = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning,
-            Image.DecompressionBombError):
-        return None
-    return torch.from_numpy(rgb).permute(2, 0, 1)
-
-
 def read_batches(files, batch):
     """Yield files and their pictures, uint8[b, 3, H, W]: at most batch in a row, of one size.
 
     Raises InputError for a picture that cannot be read."""
     names, pictures = [], []
     for file in files:
-        picture = read_picture(file)
+        picture = common.read_picture(file)
         if picture is None:
             raise InputError(f"{file}: is not a readable picture; draw or copy it again")
         if pictures and (len(pictures) == batch or picture.shape != pictures[0].shape):
@@ -539,11 +554,10 @@ def draw_folder(out, examples, n, draw, batch, rank=0, world=1) -> int:
     """Draw n pictures per example in the official layout, and return how many were drawn.
 
     Writes OUT/NNNNN/metadata.jsonl and samples/0000.png ...; whole pictures that are there stay.
-    draw(prompts, n=, seeds=) returns uint8[len(prompts) * n, 3, H, W]; an example's seed is its
-    number. Process rank of world draws every world-th example, about batch pictures at a time.
-    Raises InputError when a folder holds another prompt."""
-    todo = []  # number, files and missing files of every example that lacks some
-    for i in range(rank, len(examples), world):
+    draw, batch: see common.draw_files; an example's seed is its number. Process rank of world draws
+    every world-th example. Raises InputError when a folder holds another prompt."""
+    mine = range(rank, len(examples), world)
+    for i in mine:
         folder, text = out / f"{i:05d}", json.dumps(examples[i])
         metadata = folder / "metadata.jsonl"
         before = metadata.read_bytes() if metadata.exists() else b""
@@ -553,23 +567,8 @@ def draw_folder(out, examples, n, draw, batch, rank=0, world=1) -> int:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         if not before:
             metadata.write_text(text)
-        files = [folder / "samples" / f"{k:04d}.png" for k in range(n)]
-        missing = {file for file in files if read_picture(file) is None}
-        if missing:
-            todo.append((i, files, missing))
-
-    chunk_size = max(1, batch // n)
-    for start in range(0, len(todo), chunk_size):
-        chunk = todo[start:start + chunk_size]
-        numbers = [i for i, _, _ in chunk]
-        pictures = draw([examples[i]["prompt"] for i in numbers], n=n, seeds=numbers)
-        for (_, files, missing), group in zip(chunk, pictures.split(n), strict=True):
-            for file, picture in zip(files, group, strict=True):
-                if file in missing:
-                    tmp_path = file.with_suffix(".part")
-                    common.to_pil(picture).save(tmp_path, "PNG")
-                    tmp_path.rename(file)
-    return sum(len(missing) for _, _, missing in todo)
+    files = {i: [out / f"{i:05d}/samples/{k:04d}.png" for k in range(n)] for i in mine}
+    return common.draw_files(files, [example["prompt"] for example in examples], n, draw, batch)
 
 
 def prompt_folders(out):
@@ -665,10 +664,12 @@ def add_flags(add):
     add("--out", help="folder for pictures and results; whole pictures in it are kept")
     add("--score-only", metavar="DIR", help="score pictures that lie in the official layout")
     add("--images-only", action="store_true", help="draw, for another scorer")
+    add("--write-prompts", metavar="FILE", help="write --n training prompts, none of the 553")
+    add("--seed", type=common.in_range(int, 0, 2 ** 31), default=0, help="of --write-prompts")
     add("--prompts", help="jsonl with GenEval metadata (default: the 553 official prompts, or the "
         "63 held-out ones of shapes)")
     add("--n", "--images-per-prompt", dest="n", type=common.in_range(int, 1), default=4,
-        help="pictures per prompt (under torchrun, give the long name)")
+        help="pictures per prompt (under torchrun, give the long name), or training prompts")
     add("--detector", help=f"hub id or folder of a Mask2Former, or shapes (default: {DETECTOR}; "
         "shapes for --model shapes)")
     add("--detect-batch", type=common.in_range(int, 1), default=8, help="pictures at a time")
@@ -682,6 +683,10 @@ def main():
     add_flags(p.add_argument)
     args = p.parse_args()
 
+    if args.write_prompts:
+        lines = [json.dumps(example) + "\n" for example in training_prompts(args.n, args.seed)]
+        Path(args.write_prompts).write_text("".join(lines))
+        return
     if bool(args.out) == bool(args.score_only) or (args.images_only and args.score_only):
         p.error("give --out DIR to draw (and score), or --score-only DIR")
     out = Path(args.out or args.score_only)

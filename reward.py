@@ -60,6 +60,8 @@ class Reward:
 
     def __init__(self, parts, finite=True):
         self.parts, self.finite, self.log = parts, finite, {}
+        # GenEval's, for whoever else needs one
+        self.detector = next((f.detector for _, _, f in parts if hasattr(f, "detector")), None)
 
     @torch.no_grad()
     def __call__(self, images, prompts, metadata=None):
@@ -102,6 +104,7 @@ def make_reward(spec: str, *, device="cpu", detector=None, finite=True, **server
             function = load_imagereward(argument or IMAGEREWARD_DEFAULT, device)
         elif name == "geneval":
             function = GenevalReward(argument or "exact", detector or DETECTOR, device)
+            detector = function.detector        # one for all parts
         elif name == "http":
             function = HttpReward(argument, **server)
             argument = function.url     # without its password

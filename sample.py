@@ -2,6 +2,7 @@
 
     python sample.py --prompt "a red fox in the snow" --n 4             # Show-o 512, a grid
     python sample.py --model shapes --prompt "a photo of a red circle" --n 8
+    torchrun --nproc_per_node 8 sample.py --prompts FILE --out DIR      # a PNG each, goes on
 
 All but generate() and main() needs torch alone and one function, so it can be copied:
 
@@ -130,17 +131,22 @@ def choose_and_move(conf_logp, masked, n_stay_masked, temperature, gumbel):
 
 @torch.no_grad()
 def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine",
-            annealing="compound", start=None, keep_sampled=False):
+            annealing="compound", confidence="probability", start=None, keep_sampled=False):
     """Sample B sequences of N tokens in T iterations (Eq. 1-9) -> Trajectory.
 
     generator: a torch.Generator on the policy's device, or a list of them for equal chunks of the
     rows, so that a group's samples depend on its own alone. schedule: a name, or how many stay
     masked after each iteration. temperature: of the noise at the start, see temperatures(), or one
-    for each iteration. start: Long[B, N] with K where masked, as many in each row (inpainting);
-    None = all masked. keep_sampled: keep all draws, which Eq. 13 needs. Raises ValueError when
-    shapes or lengths do not fit."""
+    for each iteration. confidence "random": positions unmask in random order, whatever cs_t, and
+    Eq. 15 is the probability of a move up to a constant (martian422/MaskGRPO). start: Long[B, N]
+    with K where masked, as many in each row (inpainting); None = all masked. keep_sampled: keep all
+    draws, which Eq. 13 needs. Raises ValueError when shapes or lengths do not fit."""
     generators = generator if isinstance(generator, list | tuple) else [generator]
     codes, n_masked = _start(start, B, N, K, generators)
+    if confidence not in ("probability", "random"):
+        raise ValueError(f"rollout: confidence {confidence!r} must be probability or random")
+    if confidence == "random":
+        temperature = [1.0] * T
     n_masked, temps = _plan(n_masked, T, schedule, temperature, annealing)
     order = torch.where(codes == K, T, -1)
     thresholds, draws = [], []
@@ -153,8 +159,11 @@ def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine"
         sampled = torch.where(masked, drawn, codes)
         conf = take(probs, sampled)                                 # cs_t              (B, N)
         gumbel = -(-uniform((B, N), generators).log()).log()
+        log_conf = conf.nan_to_num().clamp(min=1e-20).log()
+        if confidence == "random":
+            log_conf = torch.zeros_like(log_conf)
         newly_unmasked = choose_and_move(                           # CaM_t, Eq. 5      (B, N)
-            conf.nan_to_num().clamp(min=1e-20).log(), masked, n_masked[t + 1], temps[t], gumbel)
+            log_conf, masked, n_masked[t + 1], temps[t], gumbel)
         codes = torch.where(newly_unmasked, sampled, codes)         # a_t = Y_{t+1}, Eq. 7-9
         order = torch.where(newly_unmasked, t, order)
         thresholds.append(conf.masked_fill(~newly_unmasked, math.inf).amin(1))      # min(cs_t)
@@ -314,6 +323,7 @@ def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, bat
 
 def main():
     import time
+    from pathlib import Path
 
     import common
     from model import describe, load_models
@@ -322,7 +332,8 @@ def main():
     p.add_argument("--prompts", help='a file: txt, a prompt a line, or jsonl with "prompt"')
     p.add_argument("--n", type=common.in_range(int, 1), default=1, help="pictures per prompt")
     p.add_argument("--seed", type=common.in_range(int, 0, 2 ** 40), default=0)
-    p.add_argument("--out", default=time.strftime("sample-%Y%m%d-%H%M%S.png"), help="a PNG")
+    p.add_argument("--out", default=time.strftime("sample-%Y%m%d-%H%M%S.png"),
+                   help="a PNG; or a folder, for a PNG per picture, where whole ones are kept")
     common.add_model_flags(p.add_argument)
     common.add_sampling_flags(p.add_argument)
     args = p.parse_args()
@@ -331,15 +342,26 @@ def main():
         prompts += [example["prompt"] for example in common.read_prompts(args.prompts)]
     if not prompts:
         p.error("give --prompt TEXT or --prompts FILE")
-    common.check_png(p, args.out)
+    to_folder = common.check_output(p, args.out)
 
-    _, _, device = common.setup(args.device)
+    rank, world, device = common.setup(args.device)
     showo, magvit = load_models(args.model, ckpt=args.ckpt, vq=args.vq, tokenizer=args.tokenizer,
                                 device=device, dtype=common.choose_dtype(args.dtype, device))
-    print(describe(showo, magvit), flush=True)
+    print(describe(showo, magvit) if rank == 0 else "", end="\n" if rank == 0 else "", flush=True)
+    settings = common.sampling_settings(args)
+    if to_folder:
+        batch = settings.pop("batch")
+        files = {i: [Path(args.out) / f"{i:06d}-{k:02d}.png" for k in range(args.n)]
+                 for i in range(rank, len(prompts), world)}
+
+        def draw(prompts, n, seeds):
+            seeds = [args.seed * 1_000_003 + i for i in seeds]
+            return generate(showo, magvit, prompts, n=n, seeds=seeds, batch=batch, **settings)
+        drawn = common.draw_files(files, prompts, args.n, draw, batch)
+        print(f"process {rank}: drew {drawn} pictures in {args.out}")
+        return
     seeds = [args.seed * 1_000_003 + i for i in range(len(prompts))]
-    pictures = generate(showo, magvit, prompts, n=args.n, seeds=seeds,
-                        **common.sampling_settings(args))
+    pictures = generate(showo, magvit, prompts, n=args.n, seeds=seeds, **settings)
 
     captions = [prompt for prompt in prompts for _ in range(args.n)]
     a_row_each = args.n > 1 and len(prompts) > 1

@@ -37,24 +37,28 @@ import common
 import shapes
 from checkpoint import InputError, is_shapes
 from common import all_cat, all_sum, in_range
-from eval_geneval import check_example, verdicts
+from eval_geneval import check_example, geneval_prompts, is_geneval, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
 from model import describe, load_models, to_uint8
-from reward import make_reward
+from reward import Reward, make_reward
 from sample import Trajectory, generate, remask, rollout, transition_log_prob
 
 PRESETS = {
     "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, lr=3e-6, warmup=62,
                   weight_decay=0.02, micro_batch=6, filter_warmup=50, reward="clip", eval_every=0,
-                  eval_n=1, eval_unmask_steps=50, eval_guidance=5.0, sample_every=50,
+                  eval_n=1, eval_unmask_steps=50, eval_guidance=[5.0], sample_every=50,
                   save_every=100),
     "shapes": dict(steps=60, group_size=8, prompts_per_step=24, unmask_steps=16, lr=7e-4, warmup=3,
                    weight_decay=0.0, micro_batch=256, filter_warmup=48, reward="geneval:exact",
-                   eval_every=15, eval_n=8, eval_unmask_steps=16, eval_guidance=0.0,
+                   eval_every=15, eval_n=8, eval_unmask_steps=16, eval_guidance=[0.0],
                    sample_every=15, save_every=15)}
 RECIPES = {
     "paper": dict(kl=False, filter_low=True, transition="p1"),             # Sec. 3.2, 3.3
-    "best": dict(kl=False, filter_low=True, loss_steps_from="last")}       # results/experiments
+    "best": dict(kl=False, filter_low=True, loss_steps_from="last"),       # results/experiments
+    "udm": dict(trajectory="forward", ratio="mean", group_size=8, unmask_steps=10, loss_steps=3,
+                loss_steps_from="early", lr=1e-6, lr_schedule="constant", kl_beta=0.05,
+                reward="geneval:partial", eval_unmask_steps=25, eval_guidance=[0.0])}
+                                                    # UDM-GRPO, arXiv 2604.18518, its URSA config
 MUST_MATCH = ("model", "group_size", "unmask_steps", "transition", "trajectory", "inner_epochs",
               "kl", "seed")
 MAY_CHANGE = ("out", "resume", "wandb", "recipe", "eval_every", "sample_every", "save_every",
@@ -80,7 +84,7 @@ def parse_args():
 
     add = p.add_argument_group("the method").add_argument
     add("--recipe", choices=list(RECIPES), help="paper: --no-kl --filter-low --transition p1; best:"
-        " --no-kl --filter-low, the last quarter of the iterations; other flags win")
+        " --no-kl --filter-low, the last quarter of the iterations; udm: UDM-GRPO's; flags win")
     add("--steps", type=positive, help="optimizer steps with fresh rollouts")
     add("--group-size", type=in_range(int, 2, 4096), help="G, pictures per prompt")
     add("--prompts-per-step", type=positive, help="per process")
@@ -100,12 +104,18 @@ def parse_args():
     add("--filter-warmup", type=positive, help="groups to see before the filter acts")
     add("--max-resample", type=in_range(int, 1, 100), default=1, help="tries for each group")
     add("--loss-steps", type=positive, help="computational reduction (default: all T)")
-    add("--loss-steps-from", choices=["first", "last", "random"], default="first")
+    add("--loss-steps-from", choices=["first", "last", "random", "early"], default="first",
+        help="early: consecutive ones, the first of them 0, 1 or 2 (UDM-GRPO)")
+    add("--guidance", type=at_least_0, default=0.0,
+        help="of rollouts; log-probabilities are of the conditional policy")
+    add("--confidence", choices=["probability", "random"], default="probability",
+        help="random: positions unmask in random order (MaskGRPO)")
     add("--inner-epochs", type=in_range(int, 1, 100), default=1, help="on the same rollouts")
 
     add = p.add_argument_group("optimizer").add_argument
     add("--lr", type=at_least_0, help="peak; the paper: 3e-6 without KL, 5e-6 with it")
-    add("--warmup", type=whole, help="linear warm-up steps, times a cosine over all steps")
+    add("--warmup", type=whole, help="linear warm-up steps")
+    add("--lr-schedule", choices=["cosine", "constant"], default="cosine", help="after it")
     add("--weight-decay", type=at_least_0)
     add("--max-grad-norm", type=at_least_0, default=1.0, help="0 = no clipping")
     add("--micro-batch", type=positive, help="pictures per forward pass; memory only")
@@ -116,7 +126,9 @@ def parse_args():
     add("--eval-every", type=whole, help="steps between evaluations, 0 = none")
     add("--eval-n", type=positive, help="pictures per evaluation prompt")
     add("--eval-unmask-steps", type=positive, help="T when evaluating")
-    add("--eval-guidance", type=at_least_0, help="training uses none")
+    add("--eval-guidance", type=at_least_0, nargs="+", help="columns of the second one end in @G")
+    add("--eval-reward", help="other rewards to evaluate beside it, as --reward")
+    add("--best", metavar="COLUMN", help="keep checkpoint-best, by a column of eval.jsonl")
     add("--eval-prompts", help="as --prompts (default: shapes' held-out ones, prompts/eval.txt)")
     add("--sample-every", type=whole, help="steps between grids, 0 = none")
     add("--save-every", type=whole, help="steps between checkpoints, 0 = only the last")
@@ -127,7 +139,7 @@ def parse_args():
     p.set_defaults(**PRESETS["showo"])
     chosen, _ = p.parse_known_args()
     preset = PRESETS["shapes" if is_shapes(chosen.model) else "showo"]
-    p.set_defaults(**preset, **RECIPES.get(chosen.recipe, {}))
+    p.set_defaults(**preset | RECIPES.get(chosen.recipe, {}))
     args = p.parse_args()
     check_flags(p, args)
     return args
@@ -139,6 +151,9 @@ def check_flags(p, args):
         args.loss_steps = max(1, args.unmask_steps // 4)
     if args.loss_steps and args.loss_steps > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
+    if args.transition == "p1" and (args.guidance or args.confidence == "random"):
+        p.error("--transition p1: Eq. 14's threshold is that of a policy sampled without guidance,"
+                " by confidence; take p2")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         p.error("--wandb needs the package: pip install wandb")
     if args.zero and int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -192,8 +207,9 @@ def sample_and_score(examples, keys, args, showo, magvit, reward, clock) -> Batc
         prompt = showo.encode([e["prompt"] for e in examples[i:i + chunk]]).repeat(G)
         generators = [generator(showo.device, *key) for key in keys[i:i + chunk]]
         with clock("rollout"), torch.no_grad(), showo.autocast():
-            trajs.append(rollout(showo.policy(prompt), len(prompt), showo.N, showo.K,
+            trajs.append(rollout(showo.policy(prompt, args.guidance), len(prompt), showo.N, showo.K,
                                  args.unmask_steps, generator=generators,
+                                 confidence=args.confidence,
                                  keep_sampled=args.transition == "ar"))
     traj = Trajectory.cat(trajs)
 
@@ -249,6 +265,9 @@ def loss_iterations(step, args):
     T, n = args.unmask_steps, args.loss_steps or args.unmask_steps
     if args.loss_steps_from == "random":
         return sorted(random.Random(repr((args.seed, step, "iterations"))).sample(range(T), n))
+    if args.loss_steps_from == "early":
+        start = random.Random(repr((args.seed, step, "iterations"))).randrange(min(3, T - n + 1))
+        return list(range(start, start + n))
     return list(range(T - n, T) if args.loss_steps_from == "last" else range(n))
 
 
@@ -297,7 +316,7 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
                         logp, logp_old[t, rows], adv[rows], args.clip_low, args.clip_high, length)
                     if reference:
                         logp_ref, _ = move_log_prob(reference, text_ref, traj, t, kind)
-                        kl = kl_k3(logp, logp_ref)
+                        kl = kl_k3(logp / length, logp_ref / length)
                         objective = objective - args.kl_beta * kl               # Eq. 10
                     loss = -objective * len(rows) / n_terms
                     with torch.autocast(adv.device.type, enabled=False):
@@ -361,53 +380,85 @@ def mean_stats(stats, device) -> dict:
 
 # ------------------------------------------------------------------------------ evaluation
 
-def score_images(examples, images, reward, detector) -> dict:
-    """Return values of pictures, Float[B] each: GenEval's verdicts() where there is a detector,
-    else the reward as "overall"."""
-    if detector:
-        return verdicts(examples, detector(images, examples))
-    prompts = [e.get("reward_prompt", e["prompt"]) for e in examples]
-    return {"overall": reward(images, prompts, examples)}
+@dataclass
+class Judges:
+    """What scores the pictures of an evaluation."""
+    reward: Reward                  # of training
+    detector: object                # GenEval's verdicts are "overall"; None = the reward is
+    others: Reward | None = None    # evaluated beside it
+
+    @property
+    def names(self):
+        """The columns that scores() fills."""
+        own = ["overall"] if not self.detector else ["overall", "exact", "objects", "objects_asked"]
+        return own + [name for name, _, _ in self.others.parts] if self.others else own
+
+    def scores(self, examples, images) -> dict:
+        """Return the values of pictures, Float[B] each."""
+        prompts = [e.get("reward_prompt", e["prompt"]) for e in examples]
+        if self.detector:
+            values = verdicts(examples, self.detector(images, examples))
+        else:
+            values = {"overall": self.reward(images, prompts, examples)}
+        if self.others:
+            self.others(images, prompts, examples)
+            values |= {name: self.others.log[name] for name, _, _ in self.others.parts}
+        return values
 
 
-def evaluate(step, examples, args, showo, magvit, reward, detector) -> dict:
-    """Draw and score --eval-n pictures of each example at evaluation settings, with the same noise
-    each time -> a row of eval.jsonl.
+def evaluate(step, examples, args, showo, magvit, judges) -> dict:
+    """Draw and score --eval-n pictures of each example, with the same noise each time -> a row of
+    eval.jsonl, for every --eval-guidance.
 
     Examples are shared out over the processes. overall and exact are means over tags, each the
     share of right pictures, as GenEval has it."""
+    row = {"step": step}
+    for i, guidance in enumerate(args.eval_guidance):
+        suffix = f"@{guidance:g}" if i else ""
+        numbers = evaluate_at(guidance, examples, args, showo, magvit, judges)
+        row |= {name + suffix: value for name, value in numbers.items()}
+    return row
+
+
+def evaluate_at(guidance, examples, args, showo, magvit, judges) -> dict:
+    """Return the numbers of one guidance; see evaluate()."""
     mine = list(range(common.get_rank(), len(examples), common.get_world()))
-    names = ["overall", "exact", "objects", "objects_asked"] if detector else ["overall"]
-    values = {name: torch.zeros(len(examples), device=showo.device) for name in names}
+    values = {name: torch.zeros(len(examples), device=showo.device) for name in judges.names}
     if mine:
         images = generate(showo, magvit, [examples[i]["prompt"] for i in mine], n=args.eval_n,
-                          T=args.eval_unmask_steps, guidance=args.eval_guidance, seeds=mine,
+                          T=args.eval_unmask_steps, guidance=guidance, seeds=mine,
                           batch=args.micro_batch)
         asked = [examples[i] for i in mine for _ in range(args.eval_n)]
-        for name, scores in score_images(asked, images, reward, detector).items():
-            values[name][mine] = scores.view(len(mine), -1).mean(1).to(showo.device)
+        scores = judges.scores(asked, images)
+        for name in values:
+            values[name][mine] = scores[name].view(len(mine), -1).mean(1).to(showo.device)
     values = {name: all_sum(value).cpu() for name, value in values.items()}
 
     rows_of = {}
     for i, example in enumerate(examples):
         rows_of.setdefault(example.get("tag"), []).append(i)
     by_tag = {tag: values["overall"][rows].mean().item() for tag, rows in rows_of.items()}
-    row = {"step": step, "overall": sum(by_tag.values()) / len(by_tag)}
-    row |= {tag: value for tag, value in by_tag.items() if tag}
-    if detector:
-        exact = [values["exact"][rows].mean().item() for rows in rows_of.values()]
-        row |= {"exact": sum(exact) / len(exact), "objects": values["objects"].mean().item(),
-                "objects_asked": values["objects_asked"].mean().item()}
-    return row
+    numbers = {"overall": sum(by_tag.values()) / len(by_tag)}
+    numbers |= {tag: value for tag, value in by_tag.items() if tag}
+    for name, value in values.items():
+        if name == "exact":
+            exact = [value[rows].mean().item() for rows in rows_of.values()]
+            numbers[name] = sum(exact) / len(exact)
+        elif name != "overall":
+            numbers[name] = value.mean().item()
+    return numbers
 
 
-def picture_grid(path, examples, args, showo, magvit, reward, detector):
-    """Draw fixed evaluation prompts at evaluation settings, score and prompt under each picture."""
+def picture_grid(path, examples, args, showo, magvit, judges):
+    """Draw fixed evaluation prompts at evaluation settings, score and prompt under each picture
+    (no score where the reward needs metadata that the prompts lack)."""
     prompts = [e["prompt"] for e in examples]
     images = generate(showo, magvit, prompts, T=args.eval_unmask_steps,
-                      guidance=args.eval_guidance, batch=args.micro_batch)
-    scores = score_images(examples, images, reward, detector)["overall"].tolist()
-    captions = [f"{score:.3g} | {prompt}" for score, prompt in zip(scores, prompts, strict=True)]
+                      guidance=args.eval_guidance[0], batch=args.micro_batch)
+    captions = prompts
+    if "geneval" not in args.reward or all(map(is_geneval, examples)):
+        scores = judges.scores(examples, images)["overall"].tolist()
+        captions = [f"{score:.3g} | {text}" for score, text in zip(scores, prompts, strict=True)]
     path.parent.mkdir(exist_ok=True)
     common.grid(images, captions, min(6, len(examples))).save(path)
 
@@ -432,20 +483,24 @@ class Clock:
 
 
 def load_examples(args):
-    """Return training examples, evaluation examples, and the detector that scores the latter (None:
-    the reward does). Raises InputError."""
+    """Return training and evaluation examples. Raises InputError for a bad file, or metadata that
+    is missing."""
     here, tiny, sets = Path(__file__).parent, is_shapes(args.model), []
+    geneval = "geneval" in args.reward or "geneval" in (args.eval_reward or "")
     for split, path in (("train", args.prompts), ("eval", args.eval_prompts)):
         if tiny and not path:
             examples = shapes.prompts(split)
+        elif split == "eval" and geneval and not path:
+            examples = geneval_prompts()[::9]       # 62 of the 553, of all tags
         else:
             examples = common.read_prompts(path or here / f"prompts/{split}.txt")
-        if tiny if split == "eval" else "geneval" in args.reward:
+        evaluated = tiny or (geneval and args.eval_every)
+        if evaluated if split == "eval" else "geneval" in args.reward:
             flag = "--prompts" if split == "train" else "--eval-prompts"
             for number, example in enumerate(examples, 1):
                 check_example(example, f"{flag} {path}: prompt {number}", tiny)
         sets.append(examples)
-    return *sets, shapes.detect if tiny else None
+    return sets
 
 
 def output_path(args) -> Path:
@@ -548,12 +603,39 @@ def is_sound(showo, T) -> bool:
     return bool(torch.stack(finite).all()) and not bool(traj.threshold.isnan().any())
 
 
-def save_checkpoint(step, out, args, showo, optimizer, sample_filter, n_bad):
+def load_judges(args, device) -> Judges:
+    """Load the reward of training and what evaluation needs beside it, with one GenEval detector
+    for all; then args' rewards have no passwords. Raises InputError."""
+    detector = shapes.detect if is_shapes(args.model) else None
+    how = dict(device=device, finite=False, timeout=args.reward_timeout,
+               patience=args.reward_patience)
+    reward = make_reward(args.reward, detector=detector, **how)
+    detector = detector or reward.detector
+    others = None
+    if args.eval_reward:
+        others = make_reward(args.eval_reward, detector=detector, **how)
+        args.eval_reward = common.without_passwords(args.eval_reward)
+    args.reward = common.without_passwords(args.reward)
+    return Judges(reward, detector, others)
+
+
+def is_best(row, out, args) -> bool:
+    """Return whether an evaluation is the best of the run by --best. Raises InputError."""
+    if not args.best:
+        return False
+    if args.best not in row:
+        raise InputError(f"--best {args.best}: no column of eval.jsonl; there are {', '.join(row)}")
+    rows = common.on_rank_0(checkpoint.read_rows, out / "eval.jsonl")
+    return row[args.best] >= max(r[args.best] for r in rows if r.get(args.best) is not None)
+
+
+def save_checkpoint(step, folder, args, showo, optimizer, sample_filter, n_bad):
     """Save on process 0 while the others wait. Raises InputError on all when it cannot, when the
     policy is no longer sound, or a process no longer holds the parameters of process 0."""
     if not common.on_rank_0(is_sound, showo, args.unmask_steps):
         raise InputError(f"the policy after step {step} is not finite and is not saved; "
-                         f"{checkpoint.last_one(out)}: go back with --resume and a smaller --lr")
+                         f"{checkpoint.last_one(folder.parent)}: go back with --resume and a "
+                         "smaller --lr")
     checksum = sum(p.detach().view(torch.int32).sum(dtype=torch.int64) for p in showo.parameters())
     checksums = all_cat(checksum[None]).tolist()
     off = [str(rank) for rank, value in enumerate(checksums) if value != checksums[0]]
@@ -567,13 +649,15 @@ def save_checkpoint(step, out, args, showo, optimizer, sample_filter, n_bad):
     if common.get_rank() == 0:
         trainer = {"step": step, "args": vars(args), "world": common.get_world(), "n_bad": n_bad,
                    "optimizer": optimizer.state_dict(), "filter": sample_filter.state_dict()}
-    common.on_rank_0(checkpoint.save, out / f"checkpoint-{step}", showo, trainer, args.keep_last)
+    common.on_rank_0(checkpoint.save, folder, showo, trainer, args.keep_last)
 
 
 def learning_rate(step, args):
-    """Return the linear warm-up times a cosine from the first step to 0 at the last."""
-    warmup = min(1, (step + 1) / max(args.warmup, 1))
-    return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+    """Return the linear warm-up times a cosine from the first step to 0 at the last, or 1."""
+    warmup, decay = min(1, (step + 1) / max(args.warmup, 1)), 1.0
+    if args.lr_schedule == "cosine":
+        decay = 0.5 * (1 + math.cos(math.pi * step / args.steps))
+    return args.lr * warmup * decay
 
 
 def first_lines(args, out, showo, magvit, n_examples) -> str:
@@ -629,24 +713,22 @@ def main():
 
     # what can be wrong in files is found before a model is loaded
     folder, resumed = find_checkpoint(args)
-    examples, eval_examples, detector = load_examples(args)
+    examples, eval_examples = load_examples(args)
     for name in (args.model, args.ckpt) if args.model != "shapes" else (args.ckpt,):
         if name:
             checkpoint.fetch(name, ["config", "weights"])
-    reward = make_reward(args.reward, device=device, detector=detector, finite=False,
-                         timeout=args.reward_timeout, patience=args.reward_patience)
-    args.reward = common.without_passwords(args.reward)
+    judges = load_judges(args, device)
     out = common.on_rank_0(output_path, args)
 
     lock = checkpoint.Lock(out)
     try:
         common.on_rank_0(claim_output, args, out, lock)
-        train(args, out, device, folder, resumed, examples, eval_examples, detector, reward)
+        train(args, out, device, folder, resumed, examples, eval_examples, judges)
     finally:
         lock.release()
 
 
-def train(args, out, device, folder, resumed, examples, eval_examples, detector, reward):
+def train(args, out, device, folder, resumed, examples, eval_examples, judges):
     """Load the models and take the optimizer steps of a run, or those that it lacks."""
     rank, world, start = common.get_rank(), common.get_world(), resumed["step"] if resumed else 0
 
@@ -673,7 +755,7 @@ def train(args, out, device, folder, resumed, examples, eval_examples, detector,
     log.say(first_lines(args, out, showo, magvit, len(examples)))
     log.say(resume_notice(resumed, args, world) if resumed else "")
     shown = eval_examples[::max(1, len(eval_examples) // 12)][:12]
-    judges, stopping, end = (args, showo, magvit, reward, detector), False, ""
+    how, stopping, end = (args, showo, magvit, judges), False, ""
 
     for step in range(start, args.steps + 1):
         # evaluate, draw and save the policy of this step
@@ -681,12 +763,17 @@ def train(args, out, device, folder, resumed, examples, eval_examples, detector,
         if (step > start or not resumed) and not end:
             if args.eval_every and (step % args.eval_every == 0 or last):
                 with clock("eval"):
-                    log.evaluation(evaluate(step, eval_examples, *judges))
+                    row = evaluate(step, eval_examples, *how)
+                log.evaluation(row)
+                if step and is_best(row, out, args):
+                    save_checkpoint(step, out / "checkpoint-best", args, showo, optimizer,
+                                    sample_filter, n_bad)
             if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
-                picture_grid(out / f"samples/step-{step:06d}.png", shown, *judges)
+                picture_grid(out / f"samples/step-{step:06d}.png", shown, *how)
         to_save = last or stopping or (args.save_every and step % args.save_every == 0)
         if to_save and step > start:
-            save_checkpoint(step, out, args, showo, optimizer, sample_filter, n_bad)
+            save_checkpoint(step, out / f"checkpoint-{step}", args, showo, optimizer, sample_filter,
+                            n_bad)
         if last or stopping:
             break
 
@@ -696,8 +783,8 @@ def train(args, out, device, folder, resumed, examples, eval_examples, detector,
             first = (step * world + rank) * args.prompts_per_step       # prompt slot of the run
             chosen = [example_at(first + i, examples, args.seed)
                       for i in range(args.prompts_per_step)]
-            batch, n_resampled = collect(step, chosen, args, showo, magvit, reward, sample_filter,
-                                         clock)
+            batch, n_resampled = collect(step, chosen, args, showo, magvit, judges.reward,
+                                         sample_filter, clock)
             lr = learning_rate(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
