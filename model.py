@@ -202,7 +202,8 @@ class Showo(nn.Module):
             prompt = self.prefill(prompt)
             text = prompt.text
             shared = [*(x for pair in text.layers for x in pair), text.embed, text.head, text.bias]
-            leaves = [x.detach().float().requires_grad_() for x in shared]  # float: many add up
+            leaves = [x.detach().float().requires_grad_(x.requires_grad)    # float: many add up
+                      for x in shared]
             *layers, text.embed, text.head, text.bias = leaves
             text.layers = list(zip(layers[::2], layers[1::2], strict=True))
             yield prompt
@@ -304,7 +305,53 @@ class Showo(nn.Module):
         self.tokenizer.save_pretrained(folder)
         write_json(folder / "config.json", self.config)
         write_json(folder / "phi_config.json", {"model_type": "phi", **self.phi})
-        write_weights(folder / "pytorch_model.safetensors", self.state_dict())
+        write_weights(folder / "pytorch_model.safetensors", self.merged_state())
+
+    def trainable(self) -> dict:
+        """Return the parameters that are trained: all, or with LoRA the adapters."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def add_lora(self, rank):
+        """Freeze the weights and train adapters of a rank on the projections of attention and MLP
+        (LoRA, arXiv 2106.09685, by peft), scaled by 2."""
+        from peft import LoraConfig, inject_adapter_in_model
+        self.requires_grad_(False)
+        projections = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections)
+        inject_adapter_in_model(config, self.showo)
+
+    def lora_layers(self) -> dict:
+        return {name: module for name, module in self.named_modules()
+                if hasattr(module, "get_delta_weight")}
+
+    def merged_state(self) -> dict:
+        """Return the state_dict with the adapters, if any, added to the weights they belong to."""
+        state = {name.replace(".base_layer.", "."): weight
+                 for name, weight in self.state_dict().items() if ".lora_" not in name}
+        for name, layer in self.lora_layers().items():
+            state[f"{name}.weight"] = layer.base_layer.weight + layer.get_delta_weight("default")
+        return state
+
+
+class BaseOf:
+    """A Showo with its adapters off: the frozen reference of a policy that trains LoRA."""
+
+    def __init__(self, showo):
+        self.showo = showo
+
+    def __getattr__(self, name):
+        def without_adapters(*args, **kwargs):
+            layers = self.showo.lora_layers().values()
+            for layer in layers:
+                layer.set_scale("default", 0.0)
+            try:
+                with torch.no_grad():
+                    return getattr(self.showo, name)(*args, **kwargs)
+            finally:
+                for layer in layers:
+                    layer.set_scale("default", 1.0)
+        value = getattr(self.showo, name)
+        return without_adapters if callable(value) else value
 
 
 def _keys_and_values(layer, hidden, rotary):

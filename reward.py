@@ -13,6 +13,7 @@ A part of the sum is NAME[:ARGUMENT][:WEIGHT]:
     imagereward[:ID|FILE]           ImageReward-v1.0 (THUDM/ImageReward)
     geneval[:exact|strict|partial]  GenEval's rules on detected objects (eval_geneval.py)
     http:URL                        a server's scores, for judges that live elsewhere: HttpReward
+    vlm:URL:MODEL                   a chat server's verdict, 1 to 5: VlmReward
 
 GenEval's own rule asks for "at least": under it, and under strict, drawing more and more objects
 pays. exact also demands that nothing else is in the picture.
@@ -31,6 +32,7 @@ import re
 import time
 import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -48,8 +50,8 @@ HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 PICKSCORE_DEFAULT = "yuvalkirstain/PickScore_v1"
 IMAGEREWARD_DEFAULT = "THUDM/ImageReward"
 USAGE = ("clip[:MODEL/PRETRAINED], hpsv2[:v2.0|v2.1|FILE], pickscore[:ID], imagereward[:ID|FILE], "
-         "geneval[:exact|strict|partial] or http:URL, each with an optional :WEIGHT, joined by "
-         "commas")
+         "geneval[:exact|strict|partial], http:URL or vlm:URL:MODEL, each with an optional :WEIGHT,"
+         " joined by commas")
 
 
 class Reward:
@@ -108,6 +110,9 @@ def make_reward(spec: str, *, device="cpu", detector=None, finite=True, **server
         elif name == "http":
             function = HttpReward(argument, **server)
             argument = function.url     # without its password
+        elif name == "vlm":
+            function = VlmReward(*argument, **server)
+            argument = function.model
         else:
             raise InputError(f"--reward {common.without_passwords(spec)}: {name!r} is not known; "
                              f"use {USAGE}")
@@ -119,6 +124,12 @@ def parse_part(part):
     """Split NAME[:ARGUMENT][:WEIGHT] into name, argument and weight. Raises InputError."""
     if part.startswith("http"):
         return "http", *_parse_url(part)
+    if part.startswith("vlm"):
+        match = re.fullmatch(r"vlm:(https?://[^/]+/[^:]*):([^:]+)(?::([-+.\deE]+))?", part)
+        if not match:
+            raise InputError(f"--reward {common.without_passwords(part)}: wanted vlm:URL:MODEL, "
+                             "such as vlm:http://127.0.0.1:8000/v1:unifiedreward")
+        return "vlm", (match[1], match[2]), float(match[3] or 1)
     name, *rest = part.split(":")
     weight = 1.0
     if rest and part not in ("hpsv2:2.0", "hpsv2:2.1"):  # there, a version without its v
@@ -382,14 +393,11 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class HttpReward:
-    """A part of a Reward: the scores of a server, 32 pictures a request.
+class Server:
+    """A server that is asked over HTTP; NAME:PASSWORD@ in its URL is sent as basic authentication.
 
-    POST {"images": [base64 PNG, ...], "prompts": [...], "metadata": [...] or null} as JSON to url,
-    of which NAME:PASSWORD@ is sent as basic authentication, answers {"scores": [number, ...]}, one
-    per picture; null = no score. An answer has timeout seconds and 16 MB in all. A server that is
-    away, too slow, or answers 5xx is asked again for patience seconds. Raises InputError when that
-    does not help, or for an answer of another form."""
+    An answer has timeout seconds and 16 MB in all. A server that is away, too slow, or answers 5xx
+    is asked again for patience seconds. Raises InputError when that does not help."""
     MOST = 2 ** 24
 
     def __init__(self, url, timeout=120.0, patience=300.0):
@@ -403,31 +411,21 @@ class HttpReward:
         self.timeout, self.patience = timeout, patience
         self.opener = urllib.request.build_opener(NoRedirect)
 
-    def __call__(self, images, prompts, metadata):
-        """Return (Float[B], {}), nan where there is no score; see Reward."""
-        values = []
-        for i in range(0, len(prompts), 32):
-            rows = slice(i, i + 32)
-            body = {"images": [encode_png(image) for image in images[rows]],
-                    "prompts": list(prompts[rows]),
-                    "metadata": None if metadata is None else list(metadata[rows])}
-            values += self.read_scores(self.ask(json.dumps(body).encode()), len(prompts[rows]))
-        return torch.tensor(values), {}
-
-    def ask(self, body) -> bytes:
-        """Return the answer to a request, made again while there is patience."""
+    def ask(self, body: dict):
+        """Return the JSON of the answer to a request, made again while there is patience."""
+        body = json.dumps(body).encode()
         end, wait = time.monotonic() + self.patience, 1.0
         while True:
             try:
-                return self.post(body)
+                return parse_json(self.post(body), f"--reward {self.url}: its answer")
             except InputError:
                 raise
             except (OSError, http.client.HTTPException, ValueError) as error:
                 refused = isinstance(error, ValueError) or 300 <= getattr(error, "code", 500) < 500
                 if refused or time.monotonic() + wait > end:
                     raise InputError(
-                        f"--reward http:{self.url}: no scores ({first_line(error)}); is the server "
-                        f"up, and fast enough for {self.timeout:g} s? (--reward-timeout, "
+                        f"--reward {self.url}: no scores ({first_line(error)}); is the server up, "
+                        f"and fast enough for {self.timeout:g} s? (--reward-timeout, "
                         "--reward-patience)") from None
             time.sleep(wait)
             wait = min(2 * wait, 30.0)
@@ -442,15 +440,34 @@ class HttpReward:
                 if time.monotonic() > end:
                     raise TimeoutError(f"no whole answer within {self.timeout:g} s")
                 if len(answer) > self.MOST:
-                    raise InputError(f"--reward http:{self.url}: its answer is not "
+                    raise InputError(f"--reward {self.url}: its answer is not "
                                      f"{self.MOST // 2 ** 20} MB at most")
         return answer
 
+
+class HttpReward(Server):
+    """A part of a Reward: the scores of a server, 32 pictures a request.
+
+    POST {"images": [base64 PNG, ...], "prompts": [...], "metadata": [...] or null} as JSON answers
+    {"scores": [number, ...]}, one per picture; null = no score. Raises InputError for an answer of
+    another form."""
+
+    def __call__(self, images, prompts, metadata):
+        """Return (Float[B], {}), nan where there is no score; see Reward."""
+        values = []
+        for i in range(0, len(prompts), 32):
+            rows = slice(i, i + 32)
+            answer = self.ask({
+                "images": [encode_png(image) for image in images[rows]],
+                "prompts": list(prompts[rows]),
+                "metadata": None if metadata is None else list(metadata[rows])})
+            values += self.read_scores(answer, len(prompts[rows]))
+        return torch.tensor(values), {}
+
     def read_scores(self, answer, n) -> list[float]:
         """Return the n numbers of an answer."""
-        where = f"--reward http:{self.url}: its answer"
-        content = parse_json(answer, where)
-        scores = content.get("scores") if isinstance(content, dict) else None
+        where = f"--reward {self.url}: its answer"
+        scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or not all(
                 score is None or type(score) in (int, float) for score in scores):
             raise InputError(f'{where} is not {{"scores": [number, ...]}}')
@@ -460,6 +477,43 @@ class HttpReward:
             return [math.nan if score is None else float(score) for score in scores]
         except OverflowError:
             raise InputError(f"{where} has a number that no float can hold") from None
+
+
+class VlmReward(Server):
+    """A part of a Reward: a vision-language model behind an OpenAI-compatible chat server (vLLM)
+    judges one picture a request, several at once; its last "Final Score:" from 1 to 5 counts.
+
+    An answer without one is no score. The paper's UnifiedReward-qwen-7b is such a model."""
+    PROMPT = (
+        "Judge a picture that was generated for a caption. Look at two things: how well it shows "
+        "what the caption says (the objects, their attributes, how they stand to each other), and "
+        "how good a picture it is (sharpness, detail, colours, beauty). Then give one score from "
+        "1, the worst, to 5, the best, after the words 'Final Score:'.\nCaption: {}")
+    AT_ONCE = 16
+
+    def __init__(self, url, model, **how):
+        super().__init__(url.rstrip("/") + "/chat/completions", **how)
+        self.model = model
+
+    def __call__(self, images, prompts, metadata):
+        """Return (Float[B], {}), nan where there is no score; see Reward."""
+        with ThreadPoolExecutor(self.AT_ONCE) as pool:
+            return torch.tensor(list(pool.map(self.judge, images, prompts))), {}
+
+    def judge(self, image, prompt) -> float:
+        """Return the score of one picture."""
+        picture = {"url": f"data:image/png;base64,{encode_png(image)}"}
+        answer = self.ask({
+            "model": self.model, "temperature": 0, "max_tokens": 1024,
+            "messages": [{"role": "user", "content": [
+                {"type": "image_url", "image_url": picture},
+                {"type": "text", "text": self.PROMPT.format(prompt)}]}]})
+        try:
+            text = answer["choices"][0]["message"]["content"]
+            scores = re.findall(r"Final Score:\W*(\d+(?:\.\d+)?)", text)
+        except (KeyError, IndexError, TypeError):
+            raise InputError(f"--reward {self.url}: its answer is no chat completion") from None
+        return float(scores[-1]) if scores and 1 <= float(scores[-1]) <= 5 else math.nan
 
 
 def encode_png(image) -> str:

@@ -39,7 +39,7 @@ from checkpoint import InputError, is_shapes
 from common import all_cat, all_sum, in_range
 from eval_geneval import check_example, geneval_prompts, is_geneval, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
-from model import describe, load_models, to_uint8
+from model import BaseOf, describe, load_models, to_uint8
 from reward import Reward, make_reward
 from sample import Trajectory, generate, remask, rollout, transition_log_prob
 
@@ -60,7 +60,7 @@ RECIPES = {
                 reward="geneval:partial", eval_unmask_steps=25, eval_guidance=[0.0])}
                                                     # UDM-GRPO, arXiv 2604.18518, its URSA config
 MUST_MATCH = ("model", "group_size", "unmask_steps", "transition", "trajectory", "inner_epochs",
-              "kl", "seed")
+              "kl", "lora", "seed")
 MAY_CHANGE = ("out", "resume", "wandb", "recipe", "eval_every", "sample_every", "save_every",
               "keep_last")
 
@@ -120,6 +120,7 @@ def parse_args():
     add("--max-grad-norm", type=at_least_0, default=1.0, help="0 = no clipping")
     add("--micro-batch", type=positive, help="pictures per forward pass; memory only")
     add("--grad-checkpoint", action="store_true", help="less memory, a third more work")
+    add("--lora", type=positive, metavar="RANK", help="train adapters alone (pip install peft)")
     add("--zero", action="store_true", help="shard the optimizer state over processes (ZeRO-1)")
 
     add = p.add_argument_group("watching").add_argument
@@ -156,6 +157,8 @@ def check_flags(p, args):
                 " by confidence; take p2")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         p.error("--wandb needs the package: pip install wandb")
+    if args.lora and importlib.util.find_spec("peft") is None:
+        p.error("--lora needs the package: pip install peft")
     if args.zero and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         p.error("--zero shards over processes: start with torchrun --nproc_per_node N")
     if args.resume == "":
@@ -345,7 +348,7 @@ def nonfinite_rows(logp, loss):
 def optimizer_step(showo, optimizer, max_norm, nonfinite):
     """Add up the gradients of all processes, clip them and take the step, unless something is not
     finite on any -> the norm before clipping, and whether the step was skipped."""
-    params = list(showo.parameters())
+    params = list(showo.trainable().values())
     for p in params:
         p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm or math.inf)
@@ -562,10 +565,11 @@ def make_optimizer(args, showo, resumed):
     """Return AdamW over all weights, its state in shards with --zero, restored on a resume."""
     settings = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
                     fused=showo.device.type == "cuda")
+    params = list(showo.trainable().values())
     if args.zero:
-        optimizer = ZeroRedundancyOptimizer(showo.parameters(), torch.optim.AdamW, **settings)
+        optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **settings)
     else:
-        optimizer = torch.optim.AdamW(showo.parameters(), **settings)
+        optimizer = torch.optim.AdamW(params, **settings)
     if resumed:
         check_state(resumed, optimizer)
         optimizer.load_state_dict(resumed["optimizer"])
@@ -599,7 +603,7 @@ def is_sound(showo, T) -> bool:
     with torch.no_grad(), showo.autocast():
         policy = showo.policy(showo.encode([""]))
         traj = rollout(policy, 1, showo.N, showo.K, T, generator=generator(showo.device, "sound"))
-        finite = [p.isfinite().all() for p in showo.parameters()]
+        finite = [p.isfinite().all() for p in showo.trainable().values()]
     return bool(torch.stack(finite).all()) and not bool(traj.threshold.isnan().any())
 
 
@@ -636,7 +640,8 @@ def save_checkpoint(step, folder, args, showo, optimizer, sample_filter, n_bad):
         raise InputError(f"the policy after step {step} is not finite and is not saved; "
                          f"{checkpoint.last_one(folder.parent)}: go back with --resume and a "
                          "smaller --lr")
-    checksum = sum(p.detach().view(torch.int32).sum(dtype=torch.int64) for p in showo.parameters())
+    params = showo.trainable()
+    checksum = sum(p.detach().view(torch.int32).sum(dtype=torch.int64) for p in params.values())
     checksums = all_cat(checksum[None]).tolist()
     off = [str(rank) for rank, value in enumerate(checksums) if value != checksums[0]]
     if off:
@@ -648,7 +653,8 @@ def save_checkpoint(step, folder, args, showo, optimizer, sample_filter, n_bad):
     trainer = None
     if common.get_rank() == 0:
         trainer = {"step": step, "args": vars(args), "world": common.get_world(), "n_bad": n_bad,
-                   "optimizer": optimizer.state_dict(), "filter": sample_filter.state_dict()}
+                   "optimizer": optimizer.state_dict(), "filter": sample_filter.state_dict(),
+                   "lora": params if args.lora else {}}
     common.on_rank_0(checkpoint.save, folder, showo, trainer, args.keep_last)
 
 
@@ -733,13 +739,20 @@ def train(args, out, device, folder, resumed, examples, eval_examples, judges):
     rank, world, start = common.get_rank(), common.get_world(), resumed["step"] if resumed else 0
 
     # the policy, the reference of the KL, the optimizer
-    showo, magvit = load_models(args.model, ckpt=folder or args.ckpt, vq=args.vq,
-                                tokenizer=args.tokenizer, device=device)
+    weights = args.ckpt if args.lora else folder or args.ckpt   # adapters are in trainer.pt
+    showo, magvit = load_models(args.model, ckpt=weights, vq=args.vq, tokenizer=args.tokenizer,
+                                device=device)
+    if args.lora:
+        torch.manual_seed(args.seed)
+        showo.add_lora(args.lora)
+        showo.load_state_dict(resumed["lora"] if resumed else {}, strict=False)
     if common.choose_dtype(args.dtype, device) == torch.bfloat16:
         showo.compute_dtype = torch.bfloat16
     showo.grad_checkpoint = args.grad_checkpoint
     reference = None
-    if args.kl and args.kl_beta:
+    if args.kl and args.kl_beta and args.lora:
+        reference = BaseOf(showo)
+    elif args.kl and args.kl_beta:
         reference, _ = load_models(args.model, ckpt=args.ckpt, vq=args.vq,
                                    tokenizer=args.tokenizer, device=device)
         reference.requires_grad_(False).compute_dtype = showo.compute_dtype
