@@ -3,12 +3,15 @@
 Tensors only; torch is the only import, so that it can be copied into any trainer. P prompts, G
 samples of each, T iterations.
 
-Departures from the paper: the log of a ratio is bounded by 60, so that no gradient is NaN; the
-"mean" advantage and the mean token's ratio are later work's, off by default.
-From the released code: there the KL compares the policy with itself, whose gradient is 0, and the
-ratio is always 1; here the KL is against a frozen reference, and the ratio leaves 1 as soon as
-rollouts serve a second optimizer step. There is no sample filter there; here is one. Its advantages
-are divided by std + 1e-4; here by std, and equal rewards have none.
+Departures from the paper:
+- the log of a ratio is bounded by 60, so that no gradient is NaN;
+- the filter sees some groups before it acts, and keeps the stds of all groups of the run;
+- the "mean" advantage and the mean token's ratio are later work's, off by default.
+Departures from the released code, which are the paper's:
+- released: the KL compares the policy with itself, whose gradient is 0; here: with a frozen one;
+- released: the ratio is always 1; here: it leaves 1 when rollouts serve a second optimizer step;
+- released: no sample filter; here: SampleFilter;
+- released: advantages are divided by std + 1e-4; here: by std, and equal rewards have zero.
 """
 import torch
 
@@ -17,8 +20,8 @@ def group_advantages(rewards, kind="std"):
     """Return the advantages of rewards Float[P, G], each group against its own mean: Float[P, G].
 
     kind "mean": not divided by the standard deviation (Dr. GRPO, arXiv 2503.20783). The standard
-    deviation is the sample's (G - 1). A group of equal rewards teaches nothing: its advantages are
-    0. Raises ValueError for another kind, or G below 2."""
+    deviation is the sample's (G - 1). A group of equal rewards has zero advantages. Raises
+    ValueError for another kind, or G below 2."""
     if rewards.dim() != 2 or rewards.shape[1] < 2 or kind not in ("std", "mean"):
         raise ValueError(f"group_advantages: rewards of shape {list(rewards.shape)}, wanted [P, G] "
                          f"with G of at least 2; kind {kind!r}, wanted std or mean")
@@ -46,8 +49,8 @@ def kl_k3(logp, logp_ref):
     """Return the KL(pi_theta || pi_ref) of Eq. 10 by its k3 estimator, exp(d) - d - 1 with d =
     logp_ref - logp: a scalar of at least 0. Its gradient flows through logp.
 
-    With Eq. 14, d jumps where a code crosses the threshold: after a single step it can be 9e7, and
-    few moves then set a whole step; prefer Eq. 15 with a KL.
+    With Eq. 14, d jumps where a code crosses the threshold: after one optimizer step the estimate
+    can reach 9e7, and a few moves dominate the gradient; with a KL, prefer Eq. 15.
     Source: J. Schulman, "Approximating KL divergence" (2020); GRPO's choice."""
     d = (logp_ref.detach() - logp).clamp(max=60)
     return (d.expm1() - d).mean()

@@ -12,14 +12,18 @@ State s_t = (c, t, Y_t), action a_t = Y_{t+1}, start all masked (Eq. 7-9). t cou
 
 Departures from the paper:
 - train.py's default transition is Eq. 15 (p2), which the released training really computes;
-- Eq. 14: a re-masked position whose tail mass is 0 (a move that Gumbel noise alone brings about),
-  or too small for a float's gradient, is left out of the product;
-- remask() is later work's.
-From the released code, towards the paper:
-- the last iteration unmasks every token; there, one stays masked and never enters the loss;
-- min(cs_t) of Eq. 14 is a number; there a bool, which makes its second product 1;
-- a group is one batch.
-Kept from it, as from Show-o's: the temperature compounds (annealing="compound").
+- Eq. 13-15 leave out the Gumbel noise by which the rollout ranks, as the paper's do: Eq. 14 is the
+  probability of a move at temperature 0 alone (ties aside);
+- Eq. 14's min(cs_t) is what the rollout measured, for the policy, the old policy and the reference
+  alike (threshold=None takes that of the given logits); a re-masked position whose tail mass is 0,
+  which noise alone brings about, or too small for a float's gradient, is left out of the product;
+- forward_trajectory() and confidence="random" are later work's.
+Departures from the released code, which are the paper's:
+- released: the last iteration leaves one token masked, which never enters the loss; here: all are
+  unmasked;
+- released: min(cs_t) is a bool, so that Eq. 14's second product is 1; here: a number;
+- released: one picture at a time; here: a group is one batch.
+Kept from the released code and Show-o's: the temperature compounds (annealing="compound").
 """
 import math
 from dataclasses import dataclass
@@ -34,10 +38,12 @@ from torch.utils.checkpoint import checkpoint
 class Trajectory:
     """B whole rollouts of N tokens in T iterations, the states and actions of Eq. 7-9.
 
-    Newly unmasked at t: order == t. Re-masked at t: order > t. Given at the start: order == -1."""
+    Newly unmasked at t: order == t. Re-masked (still masked after t): order > t."""
     codes: torch.Tensor                     # Long (B, N), the final tokens Y_T, 0..K-1
-    order: torch.Tensor                     # Long (B, N), the iteration that unmasked each token
-    threshold: torch.Tensor                 # Float (B, T), min(cs_t) of Eq. 14; inf if none moved
+    order: torch.Tensor                     # Long (B, N), the iteration that unmasked each token;
+                                            # -1 where it was given at the start
+    threshold: torch.Tensor                 # Float (B, T), min(cs_t) of Eq. 14; inf if none moved,
+                                            # NaN if the logits were not finite
     sampled: torch.Tensor | None = None     # Long (T, B, N), all draws; only Eq. 13 needs them
     n_masked: list[int] | None = None       # T + 1 numbers: masked before t = 0, 1, ..., T
 
@@ -49,6 +55,10 @@ class Trajectory:
     def state(self, t, K):
         """Return Y_t: Long (B, N), K where masked."""
         return torch.where(self.order < t, self.codes, K)
+
+    def n_unmask(self, t):
+        """Return n_t of Eq. 4, how many tokens iteration t unmasks."""
+        return self.n_masked[t] - self.n_masked[t + 1]
 
     def positions(self, t, kind):
         """Return the positions that Eq. 13-15 read at iteration t: Long (B, M).
@@ -87,7 +97,7 @@ class Trajectory:
 def mask_schedule(N: int, T: int, kind: str = "cosine") -> torch.Tensor:
     """Return Long[T]: how many of N tokens stay masked after each iteration; the last entry is 0.
 
-    n_t of Eq. 4 is the difference of neighbours, so that they sum to N. floor(N r_t) with r_t =
+    n_t of Eq. 4 is the drop from one to the next, so that they sum to N. floor(N r_t) with r_t =
     cos(pi/2 (t+1)/T), or 1 - (t+1)/T for "linear", in float32, clamped to [1, masked - 1] as in
     Show-o. Raises ValueError for another kind, or N or T below 1."""
     if N < 1 or T < 1 or kind not in ("cosine", "linear"):
@@ -123,9 +133,9 @@ def choose_and_move(conf_logp, masked, n_stay_masked, temperature, gumbel):
     conf_logp Float[B, N]: log-probability of the token sampled at each position; masked Bool[B, N];
     n_stay_masked: int, or Long[B, 1]; gumbel Float[B, N]: standard Gumbel noise. Of equal
     confidences the later position moves."""
-    conf = conf_logp + temperature * gumbel if temperature else conf_logp
-    conf = conf.masked_fill(~masked, math.inf)      # after the noise: the unmasked rank above all
-    rank = conf.argsort(dim=1, stable=True).argsort(dim=1)
+    score = conf_logp + temperature * gumbel if temperature else conf_logp
+    score = score.masked_fill(~masked, math.inf)    # after the noise: the unmasked rank above all
+    rank = score.argsort(dim=1, stable=True).argsort(dim=1)
     return masked & (rank >= n_stay_masked)                                         # Eq. 5
 
 
@@ -148,7 +158,7 @@ def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine"
     if confidence == "random":
         temperature = [1.0] * T
     n_masked, temps = _plan(n_masked, T, schedule, temperature, annealing)
-    order = torch.where(codes == K, T, -1)
+    order = torch.where(codes == K, T, -1)                          # T: not yet unmasked
     thresholds, draws = [], []
 
     for t in range(T):
@@ -159,6 +169,7 @@ def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine"
         sampled = torch.where(masked, drawn, codes)
         conf = take(probs, sampled)                                 # cs_t              (B, N)
         gumbel = -(-uniform((B, N), generators).log()).log()
+        # a NaN ranks as 0 and shows in the threshold, which callers check
         log_conf = conf.nan_to_num().clamp(min=1e-20).log()
         if confidence == "random":
             log_conf = torch.zeros_like(log_conf)
@@ -233,9 +244,9 @@ def take(values, codes):
     return values.gather(-1, codes[..., None])[..., 0]
 
 
-def remask(codes, T, generators, schedule="cosine"):
-    """Return a Trajectory of the forward process to finished tokens Long[B, N]: random order of
-    unmasking, and the final picture as the action at each state (under "ar").
+def forward_trajectory(codes, T, generators, schedule="cosine"):
+    """Mask finished tokens Long[B, N] in a random order (the forward process) -> Trajectory whose
+    action at every state is the final picture; its threshold is a dummy, use "ar".
 
     generators: a list, as for rollout(). Source: UDM-GRPO, arXiv 2604.18518."""
     B, N = codes.shape
@@ -251,13 +262,18 @@ def remask(codes, T, generators, schedule="cosine"):
 # ------------------------------------------------------------------------------ probabilities
 
 def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sampled=None):
-    """Return log p_theta(s_{t+1} | s_t, a_t), Float[B], of the move that iteration t made.
+    """Return log pi_theta(Y_{t+1} | Y_t, c), the paper's p_theta(s_{t+1} | s_t, a_t), of the move
+    that iteration t made: Float[B].
+
+    With U the newly unmasked (order == t), R the re-masked (order > t), p_i = softmax(logits)_i:
+    "ar"  Eq. 13: sum over U and R of log p_i[sampled_i]
+    "p1"  Eq. 14: sum over U of log p_i[codes_i] + sum over R of log sum_k p_ik [p_ik < min cs_t]
+    "p2"  Eq. 15: sum over U of log p_i[codes_i]
 
     logits Float[B, N, K] of state t; codes, order Long[B, N] as in Trajectory; t: int. N may be cut
     to the positions that count, see Trajectory.positions().
-    kind "p2": Eq. 15. "p1": Eq. 14; threshold Float[B] or [B, T] is min(cs_t) under the policy that
-    sampled, None = under these logits. "ar": Eq. 13, with the tokens drawn at every masked
-    position, sampled Long[B, N] or [T, B, N].
+    threshold Float[B] or [B, T]: min(cs_t) under the policy that sampled, None = under these
+    logits. sampled Long[B, N] or [T, B, N]: the tokens drawn at every masked position.
     Sums are float32, float64 for float64 logits. Raises ValueError for another kind, or "ar"
     without sampled."""
     if kind not in ("p1", "p2", "ar") or (kind == "ar" and sampled is None):
@@ -272,7 +288,8 @@ def transition_log_prob(logits, codes, order, t, kind, *, threshold=None, sample
         log_conf = take(logits, sampled) - log_norm
         return (log_conf * (newly_unmasked | remasked)).sum(1)                      # Eq. 13
 
-    log_conf = take(logits, codes.clamp(max=logits.shape[-1] - 1)) - log_norm       # log cs_t
+    codes = codes.clamp(max=logits.shape[-1] - 1)       # K where a third party's are still masked
+    log_conf = take(logits, codes) - log_norm                                       # log cs_t
     log_p2 = torch.where(newly_unmasked, log_conf, 0).sum(1)                        # Eq. 15
     if kind == "p2":
         return log_p2

@@ -1,20 +1,27 @@
 """Mask-GRPO (arXiv 2510.13418): RL for masked text-to-image models, one readable loop.
 
     python train.py --model shapes --no-kl --filter-low              # minutes on 2 CPU cores
-    torchrun --nproc_per_node 8 train.py --no-kl --filter-low        # Show-o 512, the paper's run
+    torchrun --nproc_per_node 8 train.py --no-kl --filter-low        # Show-o 512, Eq. 15
+    torchrun --nproc_per_node 8 train.py --recipe paper              # the same with Eq. 14
     python train.py --model shapes --recipe best                     # what results/ favours
 
 One optimizer step: sample G pictures for each prompt (sample.py, Eq. 1-9), score them (reward.py),
-turn rewards into advantages (grpo.py, Eq. 12), climb Eq. 10 over the T unmasking iterations.
+turn rewards into advantages (grpo.py, Eq. 12), maximize Eq. 10 over the T unmasking iterations.
 
 Departures from the paper:
 - the default transition is p2 (Eq. 15), which the released training really computes;
-- a group still under the filter's bar after --max-resample tries is used;
+- Eq. 14's min(cs_t) is the rollout's, see sample.py; a subset of the iterations is averaged over
+  its own number, not over T;
+- a group still under the filter's bar after --max-resample re-samplings is used;
 - a step in which something is not finite is skipped by all processes;
 - LAION captions cannot be shipped: prompts/train.txt holds captions of our own making;
-- beyond it, off by default: --adv mean, --ratio mean, --trajectory forward.
-From the released training: gradients are averaged over all processes, clipped to norm 1; weight
-decay is on all weights; warm-up times a cosine; bf16 products, where there is fp16.
+- later work's, off by default: --adv mean, --ratio mean, --trajectory forward, --guidance,
+  --confidence random, --lora.
+Departures from the released training:
+- released: gradients are not averaged over processes, nor clipped; here: both (to norm 1);
+- released: no weight decay on biases and 1-D weights; here: on all;
+- released: a cosine after the warm-up; here: the product of both (at most 5.9% of the peak apart);
+- released: fp16; here: bf16 autocast, float32 weights.
 
 Random numbers are functions of (seed, step, prompt slot): a run is the same when it is resumed, and
 on any number of processes that take as many prompts a step (but for the last digits of sums).
@@ -41,7 +48,7 @@ from eval_geneval import check_example, geneval_prompts, is_geneval, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
 from model import BaseOf, describe, load_models, to_uint8
 from reward import Reward, make_reward
-from sample import Trajectory, generate, remask, rollout, transition_log_prob
+from sample import Trajectory, forward_trajectory, generate, rollout, transition_log_prob
 
 PRESETS = {
     "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, lr=3e-6, warmup=62,
@@ -102,7 +109,7 @@ def parse_args():
         help="sample a group again when its reward std is low (Sec. 3.3)")
     add("--filter-percentile", type=in_range(float, 0, 100), default=10.0, help="of past stds")
     add("--filter-warmup", type=positive, help="groups to see before the filter acts")
-    add("--max-resample", type=in_range(int, 1, 100), default=1, help="tries for each group")
+    add("--max-resample", type=in_range(int, 1, 100), default=1, help="re-samplings of a group")
     add("--loss-steps", type=positive, help="computational reduction (default: all T)")
     add("--loss-steps-from", choices=["first", "last", "random", "early"], default="first",
         help="early: consecutive ones, the first of them 0, 1 or 2 (UDM-GRPO)")
@@ -152,6 +159,8 @@ def check_flags(p, args):
         args.loss_steps = max(1, args.unmask_steps // 4)
     if args.loss_steps and args.loss_steps > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
+    if args.transition == "p1" and args.trajectory == "forward":
+        p.error("--trajectory forward trains Eq. 13 on the final picture; leave --transition out")
     if args.transition == "p1" and (args.guidance or args.confidence == "random"):
         p.error("--transition p1: Eq. 14's threshold is that of a policy sampled without guidance,"
                 " by confidence; take p2")
@@ -234,7 +243,7 @@ def collect(step, examples, args, showo, magvit, reward, sample_filter, clock):
 
     All processes judge all groups by one history, and so agree on when to stop."""
     P = len(examples)
-    first = P * common.get_rank()           # the prompt slot of this process's first group
+    first = P * common.get_rank()           # prompt slot, in this step, of this process's first one
     models = (args, showo, magvit, reward, clock)
     keys = [(args.seed, step, first + i, 0) for i in range(P)]
     batch, n_resampled = sample_and_score(examples, keys, *models), 0
@@ -251,12 +260,13 @@ def collect(step, examples, args, showo, magvit, reward, sample_filter, clock):
                 batch.replace(again, new)
             n_resampled += int(low.sum())
             std = all_cat(batch.rewards.std(1)).cpu()
-            low[low.clone()] = ~sample_filter.keep(std[low])
+            judged = low.nonzero()[:, 0]
+            low[judged] = ~sample_filter.keep(std[judged])
 
     if args.trajectory == "forward":
         generators = [generator(showo.device, args.seed, step, first + i, "forward")
                       for i in range(P)]
-        batch.traj = remask(batch.traj.codes, args.unmask_steps, generators)
+        batch.traj = forward_trajectory(batch.traj.codes, args.unmask_steps, generators)
     return batch, n_resampled
 
 
@@ -264,7 +274,7 @@ def collect(step, examples, args, showo, magvit, reward, sample_filter, clock):
 
 def loss_iterations(step, args):
     """Return the iterations that Eq. 10 sums over: all T, or a subset (Sec. 3.3, computational
-    reduction; one drawn at random makes an unbiased gradient)."""
+    reduction). update() divides by their number, so that a random subset's gradient is unbiased."""
     T, n = args.unmask_steps, args.loss_steps or args.unmask_steps
     if args.loss_steps_from == "random":
         return sorted(random.Random(repr((args.seed, step, "iterations"))).sample(range(T), n))
@@ -275,8 +285,8 @@ def loss_iterations(step, args):
 
 
 def move_log_prob(showo, prompt, traj, t, kind):
-    """Return log p_theta(s_{t+1} | s_t, a_t) of Eq. 13-15, Float[b], and the logits it was read
-    from, Float[b, M, K], those of the newly unmasked first."""
+    """Do a forward pass on state t, and return transition_log_prob (Eq. 13-15), Float[b], and the
+    logits that it read, Float[b, M, K], those of the newly unmasked first."""
     positions = traj.positions(t, kind)                                         # (b, M)
     logits = showo.logits(traj.state(t, showo.K), prompt, positions=positions)  # (b, M, K)
     codes, order = traj.codes.gather(1, positions), traj.order.gather(1, positions)
@@ -287,18 +297,19 @@ def move_log_prob(showo, prompt, traj, t, kind):
 
 
 def update(step, batch, args, showo, reference, optimizer) -> dict:
-    """Climb Eq. 10 on one batch of rollouts, --inner-epochs times -> numbers for the log.
+    """Maximize Eq. 10 on one batch of rollouts, --inner-epochs times -> numbers for the log.
 
-    The gradient is that of the mean over the groups of all processes. reference: a frozen Showo,
-    None = no KL. When a reward, log-probability or gradient of any process is not finite, none
-    takes that step, nor another one on these rollouts."""
+    J = mean over rows j and iterations t of min(r A, clip(r) A) - beta KL, over the groups of all
+    processes. reference: a frozen Showo, None = no KL. When a reward, log-probability or gradient
+    of any process is not finite, none takes that step, nor another one on these rollouts."""
+    # forward: the action is the whole final picture, so that all masked positions count
     kind = "ar" if args.trajectory == "forward" else args.transition
     iterations = loss_iterations(step, args)
     prompt = showo.encode([e["prompt"] for e in batch.examples]).repeat(args.group_size)
     adv = group_advantages(batch.rewards, args.adv).flatten()                   # (B,)  Eq. 12
-    used = adv.nonzero()[:, 0]                  # without a KL, the other rows have no gradient
+    rows_with_gradient = adv.nonzero()[:, 0]    # A = 0 has none without a KL, but counts in n_terms
     if reference:
-        used = torch.arange(len(adv), device=adv.device)
+        rows_with_gradient = torch.arange(len(adv), device=adv.device)
     logp_old = adv.new_zeros(args.unmask_steps, len(adv))                       # (T, B)
     n_terms = len(adv) * common.get_world() * len(iterations)                   # of Eq. 10's mean
     nonfinite = ~batch.rewards.isfinite().flatten() | batch.traj.threshold.isnan().any(1)   # (B,)
@@ -306,19 +317,22 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
     norm, kl, stats = torch.tensor(math.nan), adv.new_zeros(()), []
 
     for epoch in range(0 if skipped else args.inner_epochs):
-        for rows in used.split(args.micro_batch) if len(used) else ():
+        for rows in rows_with_gradient.split(args.micro_batch):
+            if not len(rows):
+                continue
             traj = batch.traj[rows]
-            with showo.shared_text(prompt[rows]) as text:
-                text_ref = reference.prefill(prompt[rows]) if reference else None
+            # the text is computed once for all t; its summed gradient goes on as this block ends
+            with showo.shared_text(prompt[rows]) as prefilled:
+                prefilled_ref = reference.prefill(prompt[rows]) if reference else None
                 for t in iterations:
-                    logp, logits = move_log_prob(showo, text, traj, t, kind)    # Eq. 13-15
-                    if epoch == 0:
-                        logp_old[t, rows] = logp.detach()                       # the ratio is 1
+                    logp, logits = move_log_prob(showo, prefilled, traj, t, kind)   # Eq. 13-15
+                    if epoch == 0:      # the weights are still those that sampled: the ratio is 1
+                        logp_old[t, rows] = logp.detach()
                     length = logits.shape[1] if args.ratio == "mean" else 1
                     objective = clipped_objective(                              # Eq. 10, 11
                         logp, logp_old[t, rows], adv[rows], args.clip_low, args.clip_high, length)
                     if reference:
-                        logp_ref, _ = move_log_prob(reference, text_ref, traj, t, kind)
+                        logp_ref, _ = move_log_prob(reference, prefilled_ref, traj, t, kind)
                         kl = kl_k3(logp / length, logp_ref / length)
                         objective = objective - args.kl_beta * kl               # Eq. 10
                     loss = -objective * len(rows) / n_terms
@@ -327,8 +341,8 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
 
                     nonfinite[rows] |= nonfinite_rows(logp, loss)
                     log_ratio = (logp - logp_old[t, rows]) / length
-                    n_moved = traj.n_masked[t] - traj.n_masked[t + 1]
-                    stats.append(move_stats(log_ratio, logits[:, :n_moved], kl, args))
+                    newly_unmasked = logits[:, :traj.n_unmask(t)]
+                    stats.append(move_stats(log_ratio, newly_unmasked, kl, args))
         norm, skipped = optimizer_step(showo, optimizer, args.max_grad_norm, nonfinite)
         if skipped:
             break
@@ -371,8 +385,8 @@ def move_stats(log_ratio, logits, kl, args):
 
 
 def mean_stats(stats, device) -> dict:
-    """Return means over the passes of all processes. Without any (all groups were all right or all
-    wrong), the ratio is 1."""
+    """Return means over the passes of all processes. Without any (every advantage is 0 and there is
+    no KL), the ratio is 1."""
     stats = torch.stack(stats) if stats else torch.zeros(1, 8, device=device)
     n, ratio, approx_kl, clipped, kl, n_tokens, entropy = all_sum(stats[:, :7].sum(0)).tolist()
     ratio_max = all_cat(stats[:, 7].amax()[None]).amax().item()
@@ -761,19 +775,19 @@ def train(args, out, device, folder, resumed, examples, eval_examples, judges):
     if resumed:
         sample_filter.load_state_dict(resumed["filter"])
         n_bad = resumed["n_bad"]
-    if args.resume:         # nothing of what is there can fail any more
+    if args.resume:         # all of the checkpoint is loaded: now drop what came after it
         common.on_rank_0(checkpoint.rewind, out, start if resumed else -1)
 
     log, stop, clock = common.Log(out, args, start), common.StopSignal(), Clock(device)
     log.say(first_lines(args, out, showo, magvit, len(examples)))
     log.say(resume_notice(resumed, args, world) if resumed else "")
     shown = eval_examples[::max(1, len(eval_examples) // 12)][:12]
-    how, stopping, end = (args, showo, magvit, judges), False, ""
+    how, stopping, error = (args, showo, magvit, judges), False, ""
 
-    for step in range(start, args.steps + 1):
+    for step in range(start, args.steps + 1):       # the last pass only looks and saves
         # evaluate, draw and save the policy of this step
         last = step == args.steps
-        if (step > start or not resumed) and not end:
+        if (step > start or not resumed) and not error:
             if args.eval_every and (step % args.eval_every == 0 or last):
                 with clock("eval"):
                     row = evaluate(step, eval_examples, *how)
@@ -809,15 +823,15 @@ def train(args, out, device, folder, resumed, examples, eval_examples, judges):
         n_bad += numbers["skipped"]
         faults = common.all_lists([batch.fault] if batch.fault else [])
         if faults:
-            end = faults[0]
+            error = faults[0]
         elif numbers["skipped"] and n_bad >= args.max_bad_steps:
-            end = (f"{n_bad} steps had something that is not finite; look at the prompts logged "
-                   "with them, a larger --max-bad-steps goes on")
-        asked = all_sum(torch.tensor(float(stop.asked > 0), device=device)).item() > 0
-        stopping = asked or bool(end)
+            error = (f"{n_bad} steps had something that is not finite; look at the prompts logged "
+                     "with them, a larger --max-bad-steps goes on")
+        signalled = all_sum(torch.tensor(float(stop.asked > 0), device=device)).item() > 0
+        stopping = signalled or bool(error)
 
-    if end:
-        raise InputError(f"{end}; saved: {out / f'checkpoint-{step}'}, continue with --resume "
+    if error:
+        raise InputError(f"{error}; saved: {out / f'checkpoint-{step}'}, continue with --resume "
                          f"--out {out}")
     if stopping:
         log.say(f"stopped after step {step}, as a signal asked; continue with --resume --out {out}")

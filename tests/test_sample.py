@@ -17,9 +17,9 @@ from model import load_showo
 from sample import (
     Trajectory,
     choose_and_move,
+    forward_trajectory,
     generate,
     mask_schedule,
-    remask,
     rollout,
     sample_categorical,
     take,
@@ -465,7 +465,7 @@ def test_trajectories_are_joined_indexed_and_assigned_to():
 
 def test_remasking_is_uniform_and_ends_at_the_same_codes():
     codes = torch.arange(8).repeat(3000, 1)
-    traj = remask(codes, 4, seeded(0, 1, 2))
+    traj = forward_trajectory(codes, 4, seeded(0, 1, 2))
     stay = mask_schedule(8, 4)
     assert torch.equal(traj.state(4, 99), codes) and traj.n_masked == [8, *stay.tolist()]
     for t in range(4):
@@ -473,7 +473,7 @@ def test_remasking_is_uniform_and_ends_at_the_same_codes():
         assert (masked.sum(1) == stay[t]).all()
         assert (masked.double().mean(0) - stay[t] / 8).abs().max() < 0.05
     assert torch.equal(traj.sampled, codes.expand(4, -1, -1))
-    again = remask(codes[:1000], 4, seeded(0))      # a group's depends on its own generator
+    again = forward_trajectory(codes[:1000], 4, seeded(0))      # a group's is its generator's
     assert torch.equal(again.order, traj.order[:1000])
 
 

@@ -16,7 +16,7 @@ import common
 import train
 from grpo import clipped_objective, group_advantages, kl_k3
 from model import load_showo
-from sample import remask, rollout, transition_log_prob
+from sample import forward_trajectory, rollout, transition_log_prob
 
 TINY = ("--model shapes --no-kl --steps 2 --prompts-per-step 3 --group-size 4 --unmask-steps 4 "
         "--eval-every 0 --sample-every 0").split()
@@ -247,7 +247,7 @@ def test_update_is_the_gradient_of_equation_10(kind, iterations, flags):
     batch, prompt = batch_of_rollouts(showo, args)
     if kind == "forward":
         args.trajectory, args.transition, kind = "forward", "p1", "ar"
-        batch.traj = remask(batch.traj.codes, 4, [torch.Generator().manual_seed(0)])
+        batch.traj = forward_trajectory(batch.traj.codes, 4, [torch.Generator().manual_seed(0)])
     else:
         args.transition = kind
     reference = another_showo() if args.kl_beta else None

@@ -1,5 +1,5 @@
-"""From training prompts to tables: prompts made for GenEval, rewards evaluated beside the one trained
-on, guidance, a picture per file, a chat server as the judge, later work's settings, adapters."""
+"""From training prompts to tables: prompts made for GenEval, rewards evaluated beside the one
+trained on, guidance, a picture per file, a chat server, later work's settings, adapters."""
 import http.server
 import json
 import re
