@@ -391,7 +391,7 @@ def rewind(out, step):
     """Take back what a run did after a step, which it will do again: rows and grids of pictures are
     deleted, checkpoints renamed. Raises InputError when the rows cannot be read."""
     kept = {name: [row for row in read_rows(out / name) if row["step"] <= step]
-            for name in ("metrics.jsonl", "eval.jsonl")}
+            for name in ("metrics.jsonl", "eval.jsonl") if (out / name).exists()}
     for name, rows in kept.items():
         tmp_path = out / f".{name}"
         tmp_path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -274,6 +274,9 @@ def peak_gib(device) -> float:
 
 # ------------------------------------------------------------------------------ prompt files
 
+NOT_TAGS = ("step", "overall", "exact", "objects", "objects_asked", "images", "interval95")
+
+
 def read_prompts(path) -> list[dict]:
     """Return the entries of a prompt file, each a dict with "prompt"; empty lines are skipped.
 
@@ -293,6 +296,10 @@ def read_prompts(path) -> list[dict]:
                 raise InputError(f'{where} has no "prompt" text')
             if not isinstance(example.get("reward_prompt", ""), str):
                 raise InputError(f'{where} has a "reward_prompt" that is no text')
+            tag = example.get("tag", "")
+            if not isinstance(tag, str) or tag in NOT_TAGS:
+                raise InputError(f"{where} has the tag {tag!r}, which is the name of another number"
+                                 " or no text")
             examples.append(example)
         elif line.strip():
             try:
@@ -393,9 +400,10 @@ def to_pil(image):
 def read_picture(path):
     """Return a picture file as uint8[3, H, W], or None when it is missing, broken or a bomb."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            rgb = numpy.array(ImageOps.exif_transpose(image).convert("RGB"))
+            with Image.open(path) as image:
+                rgb = numpy.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning,
             Image.DecompressionBombError):
         return None

@@ -43,7 +43,6 @@ from sample import generate
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 COLOUR_CLIP = "ViT-L-14-quickgelu/openai"
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, OVERLAP = 0.3, 0.9, 16, 0.1
-NOT_TAGS = ("step", "overall", "exact", "objects", "objects_asked", "images", "interval95")
 SHARES = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 RELATIONS = ["left of", "right of", "above", "below"]
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
@@ -162,7 +161,7 @@ def check_example(example, where, tiny=False):
     tiny: the detector is that of shapes.py."""
     if not is_geneval(example):
         raise InputError(f"{where} lacks GenEval metadata (tag, include, prompt)")
-    if example["tag"] in NOT_TAGS:
+    if example["tag"] in common.NOT_TAGS:
         raise InputError(f"{where}: the tag {example['tag']!r} is the name of another number")
     classes, colours = (shapes.CLASSES, shapes.COLOURS) if tiny else (CLASSES, COLOURS)
     unknown = []

@@ -24,14 +24,16 @@ Departures:
 - ImageReward runs in transformers' Blip, with the official weights under other names.
 """
 import base64
+import contextlib
 import http.client
 import io
 import json
 import math
 import re
+import socket
+import threading
 import time
 import urllib.parse
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -386,13 +388,6 @@ class GenevalReward:
         return torch.tensor(values), {name: log[name] for name in ("objects", "objects_asked")}
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: it could send pictures and password to another host."""
-
-    def redirect_request(self, *_):
-        return None
-
-
 class Server:
     """A server that is asked over HTTP; NAME:PASSWORD@ in its URL is sent as basic authentication.
 
@@ -409,7 +404,6 @@ class Server:
             login = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
             self.headers["Authorization"] = f"Basic {login}"
         self.timeout, self.patience = timeout, patience
-        self.opener = urllib.request.build_opener(NoRedirect)
 
     def ask(self, body: dict):
         """Return the JSON of the answer to a request, made again while there is patience."""
@@ -421,7 +415,8 @@ class Server:
             except InputError:
                 raise
             except (OSError, http.client.HTTPException, ValueError) as error:
-                refused = isinstance(error, ValueError) or 300 <= getattr(error, "code", 500) < 500
+                wrong_url = isinstance(error, ValueError | http.client.InvalidURL)
+                refused = wrong_url or getattr(error, "status", 500) < 500
                 if refused or time.monotonic() + wait > end:
                     raise InputError(
                         f"--reward {self.url}: no scores ({first_line(error)}); is the server up, "
@@ -431,18 +426,48 @@ class Server:
             wait = min(2 * wait, 30.0)
 
     def post(self, body) -> bytes:
-        """Return the answer to one request. Raises OSError when it takes too long."""
-        request = urllib.request.Request(self.url, body, self.headers)
-        end, answer = time.monotonic() + self.timeout, b""
-        with self.opener.open(request, timeout=self.timeout) as connection:
-            while part := connection.read1(2 ** 16):
-                answer += part
-                if time.monotonic() > end:
-                    raise TimeoutError(f"no whole answer within {self.timeout:g} s")
-                if len(answer) > self.MOST:
-                    raise InputError(f"--reward {self.url}: its answer is not "
-                                     f"{self.MOST // 2 ** 20} MB at most")
-        return answer
+        """Return the answer to one request, no redirect. Raises OSError when it takes too long."""
+        parts = urllib.parse.urlsplit(self.url)
+        kind = http.client.HTTPConnection
+        if parts.scheme == "https":
+            kind = http.client.HTTPSConnection
+        connection = kind(parts.hostname, parts.port, timeout=self.timeout)
+        timer = threading.Timer(self.timeout, cut, [connection])    # of the whole answer
+        timer.start()
+        try:
+            path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            connection.request("POST", path, body, self.headers)
+            answer = connection.getresponse()
+            data = answer.read(self.MOST + 1)
+            if not timer.is_alive():
+                raise TimeoutError("it was cut off")
+        except (OSError, http.client.HTTPException) as error:
+            if not timer.is_alive():
+                raise TimeoutError(f"no whole answer within {self.timeout:g} s") from None
+            raise error
+        finally:
+            timer.cancel()
+            connection.close()
+        if answer.status != 200:
+            raise StatusError(answer.status, f"HTTP Error {answer.status}: {answer.reason}")
+        if len(data) > self.MOST:
+            raise InputError(f"--reward {self.url}: its answer is over {self.MOST // 2 ** 20} MB")
+        return data
+
+
+class StatusError(OSError):
+    """An answer with another status than 200."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+def cut(connection):
+    """Shut a connection down, so that whoever reads from it goes on."""
+    if connection.sock:
+        with contextlib.suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 class HttpReward(Server):

@@ -81,7 +81,7 @@ def parse_args():
     common.add_model_flags(add)
     add("--prompts", help="txt, or jsonl with metadata (default: prompts/train.txt)")
     add("--reward", help="see reward.py: clip, geneval:exact, or a weighted sum")
-    add("--reward-timeout", type=in_range(float, 0, 1e6), default=120.0,
+    add("--reward-timeout", type=in_range(float, 0.1, 1e6), default=120.0,
         help="seconds for a server's answer")
     add("--reward-patience", type=in_range(float, 0, 1e6), default=300.0,
         help="seconds to ask a server again")
@@ -349,8 +349,8 @@ def update(step, batch, args, showo, reference, optimizer) -> dict:
 
     bad = nonfinite.view(len(batch.examples), -1).any(1).nonzero()[:, 0].tolist()
     bad_prompts = common.all_lists([batch.examples[i]["prompt"] for i in bad]) if skipped else []
-    return {"grad_norm": norm.item(), "skipped": int(skipped), "bad_prompts": bad_prompts,
-            **mean_stats(stats, adv.device)}
+    return {"skipped": int(skipped), "bad_prompts": bad_prompts,
+            **mean_stats(stats, norm, adv.device)}
 
 
 def nonfinite_rows(logp, loss):
@@ -384,13 +384,14 @@ def move_stats(log_ratio, logits, kl, args):
         torch.ones_like(logp[..., 0]).sum(), -(logp.exp() * logp).sum(), ratio.amax())])
 
 
-def mean_stats(stats, device) -> dict:
+def mean_stats(stats, norm, device) -> dict:
     """Return means over the passes of all processes. Without any (every advantage is 0 and there is
     no KL), the ratio is 1."""
     stats = torch.stack(stats) if stats else torch.zeros(1, 8, device=device)
     n, ratio, approx_kl, clipped, kl, n_tokens, entropy = all_sum(stats[:, :7].sum(0)).tolist()
     ratio_max = all_cat(stats[:, 7].amax()[None]).amax().item()
-    return {"ratio_mean": ratio / n if n else 1.0, "ratio_max": ratio_max if n else 1.0,
+    return {"grad_norm": norm.item() if n else math.nan,
+            "ratio_mean": ratio / n if n else 1.0, "ratio_max": ratio_max if n else 1.0,
             "approx_kl": approx_kl / max(n, 1), "clip_fraction": clipped / max(n, 1),
             "kl_ref": kl / max(n, 1), "entropy": entropy / n_tokens if n_tokens else math.nan}
 

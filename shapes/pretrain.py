@@ -4,7 +4,8 @@
 
 The base learns from captions of which a share belongs to another picture of the same family, as
 captions found on the web often do: it can draw everything, and often draws something else than
-asked. That is what RL then mends.
+asked. That is what RL then mends. The weights that lie here were made at commit c48f290, whose GELU
+was another kernel: made again, they differ by rounding, which training then spreads.
 """
 import concurrent.futures
 import math

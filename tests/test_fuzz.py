@@ -774,6 +774,15 @@ def test_pictures(call, tmp_path, data, expected):
         assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("most", [500, 600])
+def test_a_picture_that_is_too_large_is_not_decoded(monkeypatch, tmp_path, recwarn, most):
+    """Pillow refuses twice its limit, and only warns above it: both are too large here."""
+    (tmp_path / "0.png").write_bytes(png(PICTURE))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    assert eval_geneval.read_picture(tmp_path / "0.png") is None
+    assert not len(recwarn)                 # a second line of stderr
+
+
 LINE_OF_FOLDER = json.dumps(example()).encode()
 LAYOUTS = {
     "whole": ("metadata.jsonl", LINE_OF_FOLDER, None),

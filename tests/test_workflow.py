@@ -259,7 +259,6 @@ def weights(folder):
 
 
 def test_adapters_are_merged_in_checkpoints_and_resume_exactly(monkeypatch, tmp_path):
-    pytest.importorskip("peft")
     call(monkeypatch, "--out", tmp_path / "run", "--kl", *LORA)
     whole, base = weights(tmp_path / "run/checkpoint-4"), weights(ROOT / "shapes")
     assert whole.keys() == base.keys()
@@ -278,7 +277,6 @@ def test_adapters_are_merged_in_checkpoints_and_resume_exactly(monkeypatch, tmp_
 
 
 def test_a_policy_with_adapters_off_is_the_base():
-    pytest.importorskip("peft")
     showo, plain = load_showo("shapes"), load_showo("shapes")
     showo.add_lora(2)
     for name, p in showo.trainable().items():
