@@ -17,6 +17,7 @@ from conftest import DATA, ROOT, read_json, read_lines
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import common
 import eval_geneval
 import shapes
 from checkpoint import InputError
@@ -286,7 +287,7 @@ def test_drawing_is_resumed_and_broken_pictures_drawn_again(tmp_path):
     kept.write_bytes((one / "00004/samples/0000.png").read_bytes())     # whole, so it stays
     (two / "00003/samples/0001.png").write_bytes(kept.read_bytes()[:80])
     (two / "00005/samples/0000.png").unlink()
-    assert eval_geneval.read_picture(two / "00003/samples/0001.png") is None
+    assert common.read_picture(two / "00003/samples/0001.png") is None
     assert draw(two) == 2 and not same()
     kept.write_bytes((one / "00003/samples/0000.png").read_bytes())
     assert same()
