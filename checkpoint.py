@@ -1,7 +1,8 @@
 """What lies on the disk: weight files, folders of the hub, and the checkpoints of a run.
 
     OUT/checkpoint-STEP/    Show-o's own layout, which loads wherever Show-o is loaded, and
-                            trainer.pt: step, flags, optimizer and filter of train.py
+                            trainer.pt: step, flags, optimizer, filter and adapters of train.py
+    OUT/checkpoint-best/    the same, of the best evaluation (--best)
 
 Random states are not saved: train.py derives them from seed, step and prompt slot. Only tensors and
 plain values are read (safetensors, or torch.load with weights_only); no pickled object is ever run.
@@ -308,12 +309,12 @@ class Lock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = True
-        except OSError:
+        except BlockingIOError:
             free = False
         file.seek(0)
         owner = file.read(1000).strip()
         host = socket.gethostname()
-        if owner and (not free or f'"host": {json.dumps(host)}' not in owner):
+        if not free or (owner and f'"host": {json.dumps(host)}' not in owner):
             file.close()
             hint = "wait for it, or end it" if not free else f"if it has ended, delete {self.path}"
             raise InputError(f"--out {self.path.parent}: another run is there ({owner}); {hint}")
@@ -361,7 +362,7 @@ def read_trainer(folder) -> dict:
     sound = isinstance(trainer, dict) and all(
         type(trainer.get(name)) is kind for name, kind in wanted.items())
     if not sound or trainer["step"] < 0 or trainer["world"] < 1:
-        raise InputError(f"{path}: was not written by train.py")
+        raise InputError(f"{path}: was not written by train.py, or by another version of it")
     return trainer
 
 
@@ -369,7 +370,8 @@ def newest(out) -> Path | None:
     """Return the newest checkpoint of a run that can be read, None when none was saved yet.
 
     Raises InputError when there is no run, or none of its checkpoints can be read."""
-    folders = checkpoints(out)
+    best = [Path(out) / "checkpoint-best"]
+    folders = [folder for folder in best if folder.is_dir()] + checkpoints(out)
     for folder in reversed(folders):
         try:
             read_trainer(folder)
@@ -392,14 +394,18 @@ def rewind(out, step):
     deleted, checkpoints renamed. Raises InputError when the rows cannot be read."""
     kept = {name: [row for row in read_rows(out / name) if row["step"] <= step]
             for name in ("metrics.jsonl", "eval.jsonl") if (out / name).exists()}
+    # rows last: while they are there, a rewind that is cut off can be done again
+    for folder in checkpoints(out):
+        if step_of(folder) > step:
+            set_aside(folder)
+    best = out / "checkpoint-best"
+    if best.is_dir() and read_trainer(best)["step"] > step:
+        set_aside(best)
+    for picture in (out / "samples").glob("step-*.png"):
+        if picture.stem[5:].isdigit() and int(picture.stem[5:]) > step:
+            picture.unlink()
     for name, rows in kept.items():
         tmp_path = out / f".{name}"
         tmp_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         flush(tmp_path)
         tmp_path.replace(out / name)
-    for folder in checkpoints(out):
-        if step_of(folder) > step:
-            set_aside(folder)
-    for picture in (out / "samples").glob("step-*.png"):
-        if picture.stem[5:].isdigit() and int(picture.stem[5:]) > step:
-            picture.unlink()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from checkpoint import InputError, first_line, is_shapes, parse_json
+from checkpoint import InputError, first_line, is_shapes, parse_json, read_json, write_json
 
 # ------------------------------------------------------------------------------ flags
 
@@ -45,8 +45,11 @@ def in_range(kind, low, high=math.inf):
         except ValueError:
             name = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
-        if not low <= value <= high or value > 10 ** 12:
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        most = 10 ** 12 if high == math.inf else high
+        if not low <= value <= most:
+            bounds = f"from {low} to {most}"
+            if high == math.inf and not most < value < math.inf:
+                bounds = f"at least {low}"
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
         return value
     return parse
@@ -94,7 +97,8 @@ def check_output(p, out) -> bool:
         if not out.absolute().parent.is_dir():
             p.error(f"--out {out}: there is no such folder")
         return False
-    if out.exists() and not out.is_dir():
+    picture = out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+    if picture or (out.exists() and not out.is_dir()):
         p.error(f"--out {out}: must be a .png, or a folder")
     out.mkdir(parents=True, exist_ok=True)
     return True
@@ -104,6 +108,8 @@ def flags_line(values: dict) -> str:
     """Return flags as one line: {"no_kl": True, "lr": 3e-6} -> --no-kl --lr 3e-06."""
     words = []
     for name, value in values.items():
+        if isinstance(value, list):
+            value = " ".join(map(str, value))
         if value is not None and value is not False:
             words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
     return " ".join(words)
@@ -240,8 +246,8 @@ def on_rank_0(function, *args, **kwargs):
 class StopSignal:
     """SIGTERM and SIGINT ask for a stop at the next step boundary, where all processes agree on it.
 
-    A second signal ends the process at once, unless it comes within a second: torchrun passes on
-    what the whole process group gets, too."""
+    A second signal ends the process, unless it comes within a second: torchrun passes on what the
+    whole process group gets, too. In a collective, either is heard when it returns."""
 
     def __init__(self):
         self.asked = 0.0
@@ -259,10 +265,10 @@ class StopSignal:
 
 def choose_dtype(name, device) -> torch.dtype:
     """Return the type that --dtype names: auto is bf16 on a GPU, fp32 on a CPU."""
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
+    half = name == "bf16" or (name == "auto" and torch.device(device).type == "cuda")
+    if half and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # the head's float32 products on tensor cores
-    return torch.bfloat16 if name == "bf16" or (name == "auto" and on_gpu) else torch.float32
+    return torch.bfloat16 if half else torch.float32
 
 
 def peak_gib(device) -> float:
@@ -408,6 +414,28 @@ def read_picture(path):
             Image.DecompressionBombError):
         return None
     return torch.from_numpy(rgb).permute(2, 0, 1)
+
+
+def prepare_out(out, settings, rank):
+    """Make the output folder and note in settings.json what its pictures depend on.
+
+    Raises InputError when it was drawn with other settings, or holds something else."""
+    path = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        known = path.exists() and path.stat().st_size > 0
+        others = [file for file in out.iterdir() if file != path]
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be used ({first_line(error)})") from None
+    if known and read_json(path) != settings:
+        raise InputError(f"--out {out}: was drawn with other settings ({path.name}); "
+                         "give the same ones or choose a new folder")
+    if others and not known:
+        raise InputError(f"--out {out}: is not empty, and not a folder of this program; "
+                         "choose a new one")
+    barrier()  # nobody writes before everybody has looked
+    if rank == 0:
+        write_json(path, settings)
 
 
 def draw_files(files: dict, prompts, n, draw, batch) -> int:

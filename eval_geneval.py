@@ -636,28 +636,6 @@ def report(out, rows, facts):
 
 # -------------------------------------------------------------------------------- command line
 
-def prepare_out(out, settings, rank):
-    """Make the output folder and note in settings.json what its pictures depend on.
-
-    Raises InputError when it was drawn with other settings, or holds something else."""
-    path = out / "settings.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        known = path.exists() and path.stat().st_size > 0
-        others = [file for file in out.iterdir() if file != path]
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be used ({first_line(error)})") from None
-    if known and read_json(path) != settings:
-        raise InputError(f"--out {out}: was drawn with other settings ({path.name}); "
-                         "give the same ones or choose a new folder")
-    if others and not known:
-        raise InputError(f"--out {out}: is not empty, and not a folder of this program; "
-                         "choose a new one")
-    common.barrier()  # nobody writes before everybody has looked
-    if rank == 0:
-        write_json(path, settings)
-
-
 def add_flags(add):
     """Add the flags of this script; add: a parser's add_argument."""
     add("--out", help="folder for pictures and results; whole pictures in it are kept")
@@ -705,8 +683,8 @@ def main():
     batch = sampling.pop("batch")  # the pictures do not depend on it
     if args.out:
         ckpt = str(Path(args.ckpt).absolute()) if args.ckpt else None
-        prepare_out(out, {"model": args.model, "ckpt": ckpt, "vq": args.vq, **sampling,
-                          "dtype": str(dtype).removeprefix("torch."), "n": args.n}, rank)
+        common.prepare_out(out, {"model": args.model, "ckpt": ckpt, "vq": args.vq, **sampling,
+                                 "dtype": str(dtype).removeprefix("torch."), "n": args.n}, rank)
 
     if not args.images_only:  # before the drawing, so that its faults show at once
         detector = load_detector(name, device, args.detect_batch)

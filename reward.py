@@ -98,6 +98,9 @@ def make_reward(spec: str, *, device="cpu", detector=None, finite=True, **server
     parts = []
     for part in spec.split(","):
         name, argument, weight = parse_part(part.strip())
+        if not math.isfinite(weight):
+            raise InputError(f"--reward {common.without_passwords(part)}: the weight must be a "
+                             "finite number")
         if name == "clip":
             function = ClipReward(argument or CLIP_DEFAULT, device)
         elif name == "hpsv2":
@@ -122,12 +125,18 @@ def make_reward(spec: str, *, device="cpu", detector=None, finite=True, **server
     return Reward(parts, finite)
 
 
+def uses_geneval(spec: str) -> bool:
+    """Return whether GenEval's rules are a part of a sum, so that prompts need metadata."""
+    return any(part.strip().split(":")[0] == "geneval" for part in spec.split(","))
+
+
 def parse_part(part):
     """Split NAME[:ARGUMENT][:WEIGHT] into name, argument and weight. Raises InputError."""
     if part.startswith("http"):
         return "http", *_parse_url(part)
     if part.startswith("vlm"):
-        match = re.fullmatch(r"vlm:(https?://[^/]+/[^:]*):([^:]+)(?::([-+.\deE]+))?", part)
+        number = r"[-+]?[\d.]+(?:[eE][-+]?\d+)?"
+        match = re.fullmatch(rf"vlm:(https?://[^/]+/[^:]*):([^:]+)(?::({number}))?", part)
         if not match:
             raise InputError(f"--reward {common.without_passwords(part)}: wanted vlm:URL:MODEL, "
                              "such as vlm:http://127.0.0.1:8000/v1:unifiedreward")
@@ -140,8 +149,6 @@ def parse_part(part):
             rest.pop()
         except ValueError:
             pass  # the last one belongs to the argument
-    if not math.isfinite(weight):
-        raise InputError(f"--reward {part}: the weight must be a finite number")
     return name, ":".join(rest), weight
 
 
@@ -432,7 +439,8 @@ class Server:
         if parts.scheme == "https":
             kind = http.client.HTTPSConnection
         connection = kind(parts.hostname, parts.port, timeout=self.timeout)
-        timer = threading.Timer(self.timeout, cut, [connection])    # of the whole answer
+        connection.connect()
+        timer = threading.Timer(self.timeout, cut, [connection.sock])   # of the whole answer
         timer.start()
         try:
             path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -463,11 +471,10 @@ class StatusError(OSError):
         self.status = status
 
 
-def cut(connection):
+def cut(sock):
     """Shut a connection down, so that whoever reads from it goes on."""
-    if connection.sock:
-        with contextlib.suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 class HttpReward(Server):

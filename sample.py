@@ -231,7 +231,8 @@ def uniform(shape, generators):
 
 def sample_categorical(probs, u):
     """Return the code at which the cumulated probs Float[B, N, K] pass u Float[B, N, 1] in [0, 1):
-    Long[B, N]. One random number a position, where torch.multinomial draws K."""
+    Long[B, N]. One random number a position, where torch.multinomial draws K. The sums are float32:
+    of codes less likely than 6e-8, which one is drawn is rounded."""
     cdf = probs.cumsum(-1)
     total = cdf[..., -1:].contiguous()
     code = torch.searchsorted(cdf, u.to(cdf.dtype) * total, right=True)
@@ -339,6 +340,7 @@ def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, bat
 
 
 def main():
+    import hashlib
     import time
     from pathlib import Path
 
@@ -368,6 +370,10 @@ def main():
     settings = common.sampling_settings(args)
     if to_folder:
         batch = settings.pop("batch")
+        digest = hashlib.sha256("\n".join(prompts).encode("utf-8", "replace")).hexdigest()
+        common.prepare_out(Path(args.out), {
+            "model": args.model, "ckpt": args.ckpt, "vq": args.vq, "dtype": str(showo.showo.dtype),
+            "n": args.n, "seed": args.seed, "prompts": digest, **settings}, rank)
         files = {i: [Path(args.out) / f"{i:06d}-{k:02d}.png" for k in range(args.n)]
                  for i in range(rank, len(prompts), world)}
 

@@ -15,9 +15,13 @@ Departures from the paper:
 - a group still under the filter's bar after --max-resample re-samplings is used;
 - a step in which something is not finite is skipped by all processes;
 - LAION captions cannot be shipped: prompts/train.txt holds captions of our own making;
-- later work's, off by default: --adv mean, --ratio mean, --trajectory forward, --guidance,
-  --confidence random, --lora.
+- later work's, off by default: --adv mean, --ratio mean (the KL is then of the mean token, too),
+  --trajectory forward, --guidance, --confidence random, --lora.
 Departures from the released training:
+- released: Eq. 13's loss feeds every sampled token back into the next state, so that from t = 1 on
+  nothing is masked in it, and Eq. 14's minimum is that of the token of the least NOISY confidence;
+  here: the rollout's states, and the minimum;
+- released: the loss is divided by T once more, and the first step's learning rate is 0; here: no;
 - released: gradients are not averaged over processes, nor clipped; here: both (to norm 1);
 - released: no weight decay on biases and 1-D weights; here: on all;
 - released: a cosine after the warm-up; here: the product of both (at most 5.9% of the peak apart);
@@ -47,7 +51,7 @@ from common import all_cat, all_sum, in_range
 from eval_geneval import check_example, geneval_prompts, is_geneval, verdicts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
 from model import BaseOf, describe, load_models, to_uint8
-from reward import Reward, make_reward
+from reward import Reward, make_reward, uses_geneval
 from sample import Trajectory, forward_trajectory, generate, rollout, transition_log_prob
 
 PRESETS = {
@@ -164,6 +168,8 @@ def check_flags(p, args):
     if args.transition == "p1" and (args.guidance or args.confidence == "random"):
         p.error("--transition p1: Eq. 14's threshold is that of a policy sampled without guidance,"
                 " by confidence; take p2")
+    if args.best and not args.eval_every:
+        p.error("--best needs --eval-every, the steps between evaluations")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         p.error("--wandb needs the package: pip install wandb")
     if args.lora and importlib.util.find_spec("peft") is None:
@@ -266,7 +272,9 @@ def collect(step, examples, args, showo, magvit, reward, sample_filter, clock):
     if args.trajectory == "forward":
         generators = [generator(showo.device, args.seed, step, first + i, "forward")
                       for i in range(P)]
+        nonfinite = batch.traj.threshold.isnan().any(1)
         batch.traj = forward_trajectory(batch.traj.codes, args.unmask_steps, generators)
+        batch.traj.threshold[nonfinite] = math.nan
     return batch, n_resampled
 
 
@@ -404,6 +412,7 @@ class Judges:
     reward: Reward                  # of training
     detector: object                # GenEval's verdicts are "overall"; None = the reward is
     others: Reward | None = None    # evaluated beside it
+    fault: str | None = None        # why there were no scores
 
     @property
     def names(self):
@@ -412,7 +421,14 @@ class Judges:
         return own + [name for name, _, _ in self.others.parts] if self.others else own
 
     def scores(self, examples, images) -> dict:
-        """Return the values of pictures, Float[B] each."""
+        """Return the values of pictures, Float[B] each; NaN, and a fault, where a server fails."""
+        try:
+            return self._scores(examples, images)
+        except InputError as error:
+            self.fault = str(error)
+            return {name: torch.full((len(images),), math.nan) for name in self.names}
+
+    def _scores(self, examples, images):
         prompts = [e.get("reward_prompt", e["prompt"]) for e in examples]
         if self.detector:
             values = verdicts(examples, self.detector(images, examples))
@@ -474,7 +490,7 @@ def picture_grid(path, examples, args, showo, magvit, judges):
     images = generate(showo, magvit, prompts, T=args.eval_unmask_steps,
                       guidance=args.eval_guidance[0], batch=args.micro_batch)
     captions = prompts
-    if "geneval" not in args.reward or all(map(is_geneval, examples)):
+    if not uses_geneval(args.reward) or all(map(is_geneval, examples)):
         scores = judges.scores(examples, images)["overall"].tolist()
         captions = [f"{score:.3g} | {text}" for score, text in zip(scores, prompts, strict=True)]
     path.parent.mkdir(exist_ok=True)
@@ -504,7 +520,7 @@ def load_examples(args):
     """Return training and evaluation examples. Raises InputError for a bad file, or metadata that
     is missing."""
     here, tiny, sets = Path(__file__).parent, is_shapes(args.model), []
-    geneval = "geneval" in args.reward or "geneval" in (args.eval_reward or "")
+    geneval = uses_geneval(args.reward) or uses_geneval(args.eval_reward or "")
     for split, path in (("train", args.prompts), ("eval", args.eval_prompts)):
         if tiny and not path:
             examples = shapes.prompts(split)
@@ -513,7 +529,7 @@ def load_examples(args):
         else:
             examples = common.read_prompts(path or here / f"prompts/{split}.txt")
         evaluated = tiny or (geneval and args.eval_every)
-        if evaluated if split == "eval" else "geneval" in args.reward:
+        if evaluated if split == "eval" else uses_geneval(args.reward):
             flag = "--prompts" if split == "train" else "--eval-prompts"
             for number, example in enumerate(examples, 1):
                 check_example(example, f"{flag} {path}: prompt {number}", tiny)
@@ -579,7 +595,8 @@ def resume_notice(resumed, args, world) -> str:
 def make_optimizer(args, showo, resumed):
     """Return AdamW over all weights, its state in shards with --zero, restored on a resume."""
     settings = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
-                    fused=showo.device.type == "cuda")
+                    # fused AdamW wants its steps on the GPU, where ZeRO does not load them
+                    fused=showo.device.type == "cuda" and not args.zero)
     params = list(showo.trainable().values())
     if args.zero:
         optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **settings)
@@ -645,7 +662,8 @@ def is_best(row, out, args) -> bool:
     if args.best not in row:
         raise InputError(f"--best {args.best}: no column of eval.jsonl; there are {', '.join(row)}")
     rows = common.on_rank_0(checkpoint.read_rows, out / "eval.jsonl")
-    return row[args.best] >= max(r[args.best] for r in rows if r.get(args.best) is not None)
+    best = max((r[args.best] for r in rows if r.get(args.best) is not None), default=math.inf)
+    return row[args.best] >= best
 
 
 def save_checkpoint(step, folder, args, showo, optimizer, sample_filter, n_bad):
@@ -714,7 +732,7 @@ def last_lines(out, clock, n_steps) -> str:
             f"GiB; {out}")
 
 
-def step_row(step, batch, n_resampled, numbers, lr, clock) -> dict:
+def step_row(step, batch, parts, n_resampled, numbers, lr, clock) -> dict:
     """Return a row of metrics.jsonl: what process 0 knows of a step, and means over all."""
     rewards = all_cat(batch.rewards)                                    # (P of all processes, G)
     return {
@@ -722,7 +740,7 @@ def step_row(step, batch, n_resampled, numbers, lr, clock) -> dict:
         "reward_std": rewards.std(1).nanmean().item(),
         "adv_zero": (group_advantages(rewards) == 0).float().mean().item(),
         "resampled": n_resampled,
-        **{name: all_cat(part).mean().item() for name, part in batch.parts.items()},
+        **{name: all_cat(part).mean().item() for name, part in parts.items()},
         **numbers, "lr": lr, "images_per_s": rewards.numel() / clock.step["step"],
         **{f"s_{part}": seconds for part, seconds in clock.step.items()},
         "peak_gib": common.peak_gib(clock.device)}
@@ -788,16 +806,20 @@ def train(args, out, device, folder, resumed, examples, eval_examples, judges):
     for step in range(start, args.steps + 1):       # the last pass only looks and saves
         # evaluate, draw and save the policy of this step
         last = step == args.steps
-        if (step > start or not resumed) and not error:
+        fresh = (step > start or not resumed) and not error
+        if fresh:
             if args.eval_every and (step % args.eval_every == 0 or last):
                 with clock("eval"):
                     row = evaluate(step, eval_examples, *how)
                 log.evaluation(row)
-                if step and is_best(row, out, args):
+                if is_best(row, out, args) and step:
                     save_checkpoint(step, out / "checkpoint-best", args, showo, optimizer,
                                     sample_filter, n_bad)
             if rank == 0 and args.sample_every and (step % args.sample_every == 0 or last):
                 picture_grid(out / f"samples/step-{step:06d}.png", shown, *how)
+            faults = common.all_lists([judges.fault] if judges.fault else [])
+            error = faults[0] if faults else ""
+            stopping = stopping or bool(error)
         to_save = last or stopping or (args.save_every and step % args.save_every == 0)
         if to_save and step > start:
             save_checkpoint(step, out / f"checkpoint-{step}", args, showo, optimizer, sample_filter,
@@ -818,11 +840,13 @@ def train(args, out, device, folder, resumed, examples, eval_examples, judges):
                 group["lr"] = lr
             with clock("update"):
                 numbers = update(step, batch, args, showo, reference, optimizer)
-        log.step(step_row(step, batch, n_resampled, numbers, lr, clock))
+        # a process whose reward failed has not all of its parts
+        faults = common.all_lists([batch.fault] if batch.fault else [])
+        parts = {} if faults else batch.parts
+        log.step(step_row(step, batch, parts, n_resampled, numbers, lr, clock))
 
         # what ends a run early: a server, too many skipped steps, a signal to any process
         n_bad += numbers["skipped"]
-        faults = common.all_lists([batch.fault] if batch.fault else [])
         if faults:
             error = faults[0]
         elif numbers["skipped"] and n_bad >= args.max_bad_steps:
@@ -832,7 +856,7 @@ def train(args, out, device, folder, resumed, examples, eval_examples, judges):
         stopping = signalled or bool(error)
 
     if error:
-        raise InputError(f"{error}; saved: {out / f'checkpoint-{step}'}, continue with --resume "
+        raise InputError(f"{error}; saved: {checkpoint.last_one(out)}, continue with --resume "
                          f"--out {out}")
     if stopping:
         log.say(f"stopped after step {step}, as a signal asked; continue with --resume --out {out}")
