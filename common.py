@@ -11,6 +11,7 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def check_output(p, out) -> bool:
     out = Path(out)
     if out.suffix.lower() == ".png" and not out.is_dir():
         if not out.absolute().parent.is_dir():
-            p.error(f"--out {out}: there is no such folder")
+            p.error(f"--out {out}: must be a .png in a folder that exists")
         return False
     picture = out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp")
     if picture or (out.exists() and not out.is_dir()):
@@ -132,17 +133,25 @@ def run(main):
     try:
         main()
     except Exception as error:
-        if STORE is not None and STORE.add("faults", 1) > 1:
-            sys.exit(2)
-        rank, line = os.environ.get("RANK", "0"), fault_line(error)
-        if line is None:
+        line, rank = fault_line(error), os.environ.get("RANK", "0")
+        if STORE is None and line is None:
             raise
-        if rank == "0" or STORE is not None:
+        if rank == "0" if STORE is None else STORE.add("faults", 1) == 1:
             where = "" if rank == "0" else f"process {rank}: "
-            print(f"{Path(sys.argv[0]).name}: {where}error: {line}", file=sys.stderr)
+            said = f"{Path(sys.argv[0]).name}: {where}error: {line}\n"
+            sys.stderr.write(said if line else traceback.format_exc())
+        if STORE is not None:
+            leave(2 if line else 1)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code):
+    """End the process at once: the threads of a process group abort an exit in the usual order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def fault_line(error) -> str | None:

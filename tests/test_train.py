@@ -165,7 +165,7 @@ def arguments(**changes):
         train.PRESETS["shapes"], group_size=4, unmask_steps=4, transition="p2",
         trajectory="rollout", adv="std", ratio="sum", inner_epochs=1, loss_steps=None,
         loss_steps_from="first", micro_batch=5, clip_low=0.9, clip_high=1.2, max_grad_norm=0,
-        kl_beta=0.0, seed=0)
+        kl_beta=0.0, seed=0, guidance=0.0, confidence="probability")
     return SimpleNamespace(**flags | changes)
 
 
@@ -325,7 +325,7 @@ def write_places(folder):
     for word in ("EMPTYRUN", "CHECKPOINT"):
         places[word].mkdir(parents=True)
 
-    values = ("shapes", 4, 4, "p2", "rollout", 1, False, 42)
+    values = ("shapes", 4, 4, "p2", "rollout", 1, False, None, 42)
     saved = dict(zip(train.MUST_MATCH, values, strict=True))
     torch.save({"step": 2, "args": saved, "world": 1, "n_bad": 0, "optimizer": {},
                 "filter": {"history": []}}, places["CHECKPOINT"] / "trainer.pt")
