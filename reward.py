@@ -440,17 +440,18 @@ class Server:
             kind = http.client.HTTPSConnection
         connection = kind(parts.hostname, parts.port, timeout=self.timeout)
         connection.connect()
-        timer = threading.Timer(self.timeout, cut, [connection.sock])   # of the whole answer
+        expired = threading.Event()         # the time of the whole answer
+        timer = threading.Timer(self.timeout, cut, [connection.sock, expired])
         timer.start()
         try:
             path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
             connection.request("POST", path, body, self.headers)
             answer = connection.getresponse()
             data = answer.read(self.MOST + 1)
-            if not timer.is_alive():
+            if expired.is_set():
                 raise TimeoutError("it was cut off")
         except (OSError, http.client.HTTPException) as error:
-            if not timer.is_alive():
+            if expired.is_set():
                 raise TimeoutError(f"no whole answer within {self.timeout:g} s") from None
             raise error
         finally:
@@ -471,8 +472,9 @@ class StatusError(OSError):
         self.status = status
 
 
-def cut(sock):
+def cut(sock, expired):
     """Shut a connection down, so that whoever reads from it goes on."""
+    expired.set()
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 

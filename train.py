@@ -856,8 +856,9 @@ def train(args, out, device, folder, resumed, examples, eval_examples, judges):
         stopping = signalled or bool(error)
 
     if error:
-        raise InputError(f"{error}; saved: {checkpoint.last_one(out)}, continue with --resume "
-                         f"--out {out}")
+        saved = [f"saved: {folder}" for folder in checkpoint.checkpoints(out)]
+        raise InputError(f"{error}; {(saved or ['nothing was saved before'])[-1]}, continue with "
+                         f"--resume --out {out}")
     if stopping:
         log.say(f"stopped after step {step}, as a signal asked; continue with --resume --out {out}")
     if rank == 0 and (out / "samples/step-000000.png").exists():
