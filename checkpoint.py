@@ -18,8 +18,8 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 WEIGHT_FILES = (
     "pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin", "model.bin")
@@ -95,14 +95,15 @@ def read_weights(path, *, device="cpu", dtype=None) -> dict:
     """Return the state_dict of a weight file, or of a folder with one (or with shards, indexed).
 
     Files are memory-mapped: a weight that stays on the CPU in its own type is not copied, others
-    are moved, and cast to dtype if they are floating point, one by one. Raises InputError."""
+    are moved, and cast to dtype if they are floating point, one by one. Of a .bin or .pth, the
+    pages that were read stay mapped until all are. Raises InputError."""
     path = Path(path)
     if path.is_dir():
         return _read_folder(path, device, dtype)
 
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            return _read_safetensors(path, device, dtype)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True,
                                mmap=zipfile.is_zipfile(path))
@@ -117,6 +118,18 @@ def read_weights(path, *, device="cpu", dtype=None) -> dict:
     if not _is_state_dict(state):
         raise InputError(f"{path}: not a state_dict (a flat mapping from names to tensors)")
     for name, weight in state.items():
+        state[name] = weight.to(device, dtype if weight.is_floating_point() else None)
+    return state
+
+
+def _read_safetensors(path, device, dtype):
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    state = {}
+    for name in names:
+        # a mapping for each weight: the pages that one read go with it when it is moved or cast
+        with safe_open(path, framework="pt") as file:
+            weight = file.get_tensor(name)
         state[name] = weight.to(device, dtype if weight.is_floating_point() else None)
     return state
 

@@ -41,6 +41,7 @@ class Parser(argparse.ArgumentParser):
 def in_range(kind, low, high=math.inf):
     """Return an argparse type: kind (int or float) from low to high, both included."""
     def parse(text):
+        """Return the value of a flag."""
         try:
             value = kind(text)
         except ValueError:

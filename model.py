@@ -217,6 +217,7 @@ class Showo(nn.Module):
         prompt = self.prefill(prompt, guided=bool(guidance))
 
         def policy(codes):
+            """Return Float32[B, N, K] of codes Long[B, N]."""
             masked = codes == self.K
             # on a GPU the host would wait for these numbers, which costs what is gained
             counts = masked.sum(1).tolist() if codes.device.type == "cpu" else [self.N]
@@ -341,6 +342,7 @@ class BaseOf:
 
     def __getattr__(self, name):
         def without_adapters(*args, **kwargs):
+            """Call the method with all adapters scaled by 0."""
             layers = self.showo.lora_layers().values()
             for layer in layers:
                 layer.set_scale("default", 0.0)

@@ -592,6 +592,35 @@ def resume_notice(resumed, args, world) -> str:
     return f"notice: changed since that checkpoint: {', '.join(changed)}" if changed else ""
 
 
+def load_policy(args, device, folder, resumed):
+    """Load the policy, its image tokenizer, and the frozen reference of the KL (None without one).
+
+    folder: the checkpoint to continue. Raises InputError."""
+    weights = args.ckpt if args.lora else folder or args.ckpt   # adapters are in trainer.pt
+    showo, magvit = load_models(args.model, ckpt=weights, vq=args.vq, tokenizer=args.tokenizer,
+                                device=device)
+    if args.lora:
+        torch.manual_seed(args.seed)
+        showo.add_lora(args.lora)
+        if resumed:
+            adapters, own = resumed.get("lora"), showo.trainable()
+            if not isinstance(adapters, dict) or adapters.keys() != own.keys() or any(
+                    getattr(adapters[name], "shape", None) != p.shape for name, p in own.items()):
+                raise InputError("--resume: the adapters in trainer.pt do not fit --lora")
+            showo.load_state_dict(adapters, strict=False)
+    if common.choose_dtype(args.dtype, device) == torch.bfloat16:
+        showo.compute_dtype = torch.bfloat16
+    showo.grad_checkpoint = args.grad_checkpoint
+    reference = None
+    if args.kl and args.kl_beta and args.lora:
+        reference = BaseOf(showo)
+    elif args.kl and args.kl_beta:
+        reference, _ = load_models(args.model, ckpt=args.ckpt, vq=args.vq,
+                                   tokenizer=args.tokenizer, device=device)
+        reference.requires_grad_(False).compute_dtype = showo.compute_dtype
+    return showo, magvit, reference
+
+
 def make_optimizer(args, showo, resumed):
     """Return AdamW over all weights, its state in shards with --zero, restored on a resume."""
     settings = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
@@ -771,24 +800,7 @@ def train(args, out, device, folder, resumed, examples, eval_examples, judges):
     """Load the models and take the optimizer steps of a run, or those that it lacks."""
     rank, world, start = common.get_rank(), common.get_world(), resumed["step"] if resumed else 0
 
-    # the policy, the reference of the KL, the optimizer
-    weights = args.ckpt if args.lora else folder or args.ckpt   # adapters are in trainer.pt
-    showo, magvit = load_models(args.model, ckpt=weights, vq=args.vq, tokenizer=args.tokenizer,
-                                device=device)
-    if args.lora:
-        torch.manual_seed(args.seed)
-        showo.add_lora(args.lora)
-        showo.load_state_dict(resumed["lora"] if resumed else {}, strict=False)
-    if common.choose_dtype(args.dtype, device) == torch.bfloat16:
-        showo.compute_dtype = torch.bfloat16
-    showo.grad_checkpoint = args.grad_checkpoint
-    reference = None
-    if args.kl and args.kl_beta and args.lora:
-        reference = BaseOf(showo)
-    elif args.kl and args.kl_beta:
-        reference, _ = load_models(args.model, ckpt=args.ckpt, vq=args.vq,
-                                   tokenizer=args.tokenizer, device=device)
-        reference.requires_grad_(False).compute_dtype = showo.compute_dtype
+    showo, magvit, reference = load_policy(args, device, folder, resumed)
     optimizer = make_optimizer(args, showo, resumed)
     sample_filter, n_bad = SampleFilter(args.filter_percentile, args.filter_warmup), 0
     if resumed:

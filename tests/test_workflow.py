@@ -3,6 +3,7 @@ trained on, guidance, a picture per file, a chat server, later work's settings, 
 import http.server
 import json
 import re
+import shutil
 import sys
 import threading
 from collections import Counter
@@ -272,7 +273,11 @@ def test_adapters_are_merged_in_checkpoints_and_resume_exactly(monkeypatch, tmp_
     rows = metrics(tmp_path / "run")
     assert rows[0]["kl_ref"] == 0 and rows[-1]["kl_ref"] > 0
 
-    import shutil
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    path = tmp_path / "other/checkpoint-4/trainer.pt"
+    torch.save(torch.load(path) | {"lora": {}}, path)
+    with pytest.raises(InputError, match="the adapters in trainer.pt do not fit"):
+        call(monkeypatch, "--kl", *LORA, "--resume", path.parent)
     shutil.rmtree(tmp_path / "run/checkpoint-4")
     call(monkeypatch, "--out", tmp_path / "run", "--kl", *LORA, "--resume")
     again = weights(tmp_path / "run/checkpoint-4")
