@@ -450,10 +450,10 @@ class Server:
             data = answer.read(self.MOST + 1)
             if expired.is_set():
                 raise TimeoutError("it was cut off")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException):
             if expired.is_set():
                 raise TimeoutError(f"no whole answer within {self.timeout:g} s") from None
-            raise error
+            raise
         finally:
             timer.cancel()
             connection.close()

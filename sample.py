@@ -366,7 +366,8 @@ def main():
     rank, world, device = common.setup(args.device)
     showo, magvit = load_models(args.model, ckpt=args.ckpt, vq=args.vq, tokenizer=args.tokenizer,
                                 device=device, dtype=common.choose_dtype(args.dtype, device))
-    print(describe(showo, magvit) if rank == 0 else "", end="\n" if rank == 0 else "", flush=True)
+    if rank == 0:
+        print(describe(showo, magvit), flush=True)
     settings = common.sampling_settings(args)
     if to_folder:
         batch = settings.pop("batch")

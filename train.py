@@ -28,7 +28,8 @@ Departures from the released training:
 - released: fp16; here: bf16 autocast, float32 weights.
 
 Random numbers are functions of (seed, step, prompt slot): a run is the same when it is resumed, and
-on any number of processes that take as many prompts a step (but for the last digits of sums).
+on any number of processes that take as many prompts a step, but for the last digits of sums: over
+other processes, and on a GPU by the order in which its kernels add.
 """
 import contextlib
 import importlib.util

@@ -85,6 +85,7 @@ def epochs(n):
 
 
 def transition_arms():
+    """Return the arms of the transition probability: name -> flags that differ from the default."""
     rates = {
         "p2": ("7e-4", "1.4e-3", "3.5e-4", "1.75e-4"),
         "ar": ("7e-4", "1.4e-3", "3.5e-4", "1.75e-4"),
@@ -100,6 +101,7 @@ def transition_arms():
 
 
 def beyond_arms():
+    """Return the arms of what goes beyond the paper: name -> flags that differ from the default."""
     return {
         "default": {},
         "adv mean": dict(adv="mean"),
@@ -118,6 +120,7 @@ def beyond_arms():
 
 
 def recipe_arms():
+    """Return the arms of whole recipes: name -> flags that differ from the default."""
     return {
         "p2, lr 7e-4 (default)": {},
         "p1, lr 3.5e-4 (paper)": dict(transition="p1", lr="3.5e-4"),
@@ -128,6 +131,7 @@ def recipe_arms():
 
 
 def filter_arms():
+    """Return the arms of the sample filter: name -> flags that differ from the default."""
     return {
         "percentile 10": {},
         "off": dict(filter_low=False),
@@ -138,6 +142,7 @@ def filter_arms():
 
 
 def reduction_arms():
+    """Return the arms of the paper's reductions: name -> flags that differ from the default."""
     arms = {"all 16": {}}
     for k in (8, 4):
         for which in ("first", "last", "random", "critical"):
@@ -152,6 +157,7 @@ def reduction_arms():
 
 
 def kl_arms():
+    """Return the arms of the KL: name -> flags that differ from the default."""
     arms = {}
     for lr in ("7e-4", "1.4e-3", "2.8e-3"):
         arms[f"beta 0, lr {lr}"] = dict(lr=lr)
@@ -169,6 +175,7 @@ def groups_arms():
 
 
 def epochs_arms():
+    """Return the arms of inner epochs: name -> flags that differ from the default."""
     arms = {}
     for kind in ("p2", "p1"):
         for ratio in ("sum", "mean"):

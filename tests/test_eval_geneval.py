@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, ROOT, read_json, read_lines
+from conftest import DATA, ROOT, read_json, read_lines, save_tiny_mask2former
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +22,7 @@ import eval_geneval
 import shapes
 from checkpoint import InputError
 from common import run
-from eval_geneval import CLASSES, COLOURS, Detector, filter_detections, instances
+from eval_geneval import COLOURS, Detector, filter_detections, instances
 
 CASES = ["", "_extra"]
 MEAN = torch.tensor([123.675, 116.28, 103.53])
@@ -136,19 +136,8 @@ def test_instances_are_those_of_mmdet(case):
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
     """A tiny Mask2Former of random weights in a folder, as the real one; a tiny CLIP."""
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
     folder = tmp_path_factory.mktemp("detector")
-    torch.manual_seed(0)
-    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
-                      window_size=4, out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
-        encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
-        dim_feedforward=32, num_queries=6, num_labels=80)
-    config.id2label = dict(enumerate(CLASSES))
-    model = Mask2FormerForUniversalSegmentation(config)
-    model.class_predictor.weight.data *= 60
-    model.save_pretrained(folder)
+    save_tiny_mask2former(folder)
     clip = read_json("clip_tiny/config.json")["open_clip"]
     clip["text_cfg"]["vocab_size"] = 49408
     (folder / "tiny.json").write_text(json.dumps(clip))

@@ -7,7 +7,7 @@ import sys
 import open_clip
 import pytest
 import torch
-from conftest import DATA, metrics, read_json
+from conftest import DATA, metrics, read_json, save_tiny_mask2former
 
 import common
 import eval_geneval
@@ -20,7 +20,6 @@ from checkpoint import checkpoints, read_rows
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Folders of a tiny Show-o with its tokenizer, MAGVIT-v2, Mask2Former and open_clip weights."""
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
     root = tmp_path_factory.mktemp("hub")
     for source in ("showo/checkpoint", "prompting/tokenizer"):
         shutil.copytree(DATA / source, root / "showo", dirs_exist_ok=True)
@@ -30,16 +29,7 @@ def world(tmp_path_factory):
     open_clip.add_model_config(root / "rehearsed.json")
     torch.manual_seed(0)
     torch.save(open_clip.create_model("rehearsed").state_dict(), root / "clip.pt")
-    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
-                      window_size=4, out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
-        encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
-        dim_feedforward=32, num_queries=6, num_labels=80)
-    config.id2label = dict(enumerate(eval_geneval.CLASSES))
-    detector = Mask2FormerForUniversalSegmentation(config)
-    detector.class_predictor.weight.data *= 60      # some objects are sure
-    detector.save_pretrained(root / "detector")
+    save_tiny_mask2former(root / "detector")
     eval_prompts = eval_geneval.geneval_prompts()[::180]
     lines = [json.dumps(example) + "\n" for example in eval_prompts]
     (root / "eval.jsonl").write_text("".join(lines))

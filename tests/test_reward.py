@@ -4,13 +4,12 @@ import http.server
 import io
 import json
 import math
-import threading
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import DATA, read_json
+from conftest import DATA, read_json, serving
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -224,15 +223,10 @@ class Judge(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    judge = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    judge.seen, judge.answers = [], []
-    judge.url = f"http://127.0.0.1:{judge.server_port}"
-    thread = threading.Thread(target=judge.serve_forever)
-    thread.start()
-    yield judge
-    judge.shutdown()
-    thread.join()
-    judge.server_close()
+    with serving(Judge) as server:
+        server.seen, server.answers = [], []
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        yield server
 
 
 def test_a_server_judges(server, monkeypatch):

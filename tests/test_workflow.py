@@ -5,12 +5,11 @@ import json
 import re
 import shutil
 import sys
-import threading
 from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, metrics
+from conftest import ROOT, metrics, serving
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -222,14 +221,10 @@ class Chat(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def chat():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Chat)
-    server.seen, server.url = [], f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Chat) as server:
+        server.seen = []
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        yield server
 
 
 def test_a_chat_server_judges(chat):
