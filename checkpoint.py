@@ -27,7 +27,8 @@ HUB_FILES = {
     "config": ["config.json", "phi_config.json"],
     "weights": ["pytorch_model*", "model*"],
     "tokenizer": ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json",
-                  "added_tokens.json"]}
+                  "added_tokens.json"],
+    "open_clip": ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]}
 
 
 class InputError(ValueError):
@@ -247,7 +248,7 @@ def _download(name, revision, kinds):
         path = Path(snapshot_download(
             name, revision=revision, local_files_only=constants.HF_HUB_OFFLINE,
             allow_patterns=patterns, ignore_patterns=ignored))
-        if "weights" not in kinds or any(path.glob("*model*.safetensors")):
+        if not {"weights", "open_clip"} & set(kinds) or any(path.glob("*model*.safetensors")):
             break
     return path
 

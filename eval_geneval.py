@@ -365,20 +365,27 @@ def scores(rows: list[dict], resamples: int = 2000) -> dict:
 # ----------------------------------------------------------------------------------- detection
 
 def load_clip(name: str, device="cpu"):
-    """Load open_clip's MODEL/PRETRAINED: (model, its transform of PIL pictures, tokenizer).
+    """Load a CLIP model by open_clip: (model, its transform of PIL pictures, tokenizer).
 
-    PRETRAINED may be a file. Raises InputError when open_clip cannot load it."""
+    name: MODEL/PRETRAINED of open_clip, where PRETRAINED may be a file; or a hub id or folder with
+    open_clip_config.json. Raises InputError when it cannot be loaded."""
     import open_clip
-    architecture, _, pretrained = name.partition("/")
-    if not pretrained:
+    model_name, _, pretrained = name.partition("/")
+    if model_name not in open_clip.list_models():
+        folder = fetch(name, ["open_clip_config.json", "open_clip"])
+        if not any(folder.glob("open_clip_*model.*")):
+            raise InputError(f"clip {name}: no open_clip_model.safetensors there")
+        model_name, pretrained = f"local-dir:{folder}", None
+    elif not pretrained:
         raise InputError(f"clip {name}: wanted MODEL/PRETRAINED, such as {COLOUR_CLIP}")
     try:
         model, _, transform = open_clip.create_model_and_transforms(
-            architecture, pretrained=pretrained, device=device)
+            model_name, pretrained=pretrained, device=device)
+        tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # the hub client's errors have no common class
         raise InputError(f"clip {name}: open_clip cannot load it ({first_line(error)}); check the "
                          "name and the network, or give MODEL/PATH-TO-WEIGHTS") from None
-    return freeze_for_scoring(model, device), transform, open_clip.get_tokenizer(architecture)
+    return freeze_for_scoring(model, device), transform, tokenizer
 
 
 def freeze_for_scoring(model, device):
@@ -433,6 +440,7 @@ class Detector(torch.nn.Module):
     Called with images uint8[B, 3, H, W] and B examples, it returns B pairs: detections in ascending
     score, and colours of the classes whose colour is asked for. batch: pictures at a time, about
     1 GB each at 800 x 800. Raises InputError when the weights are not a COCO detector's."""
+    SHORT_SIDE, LONG_SIDE = 800, 1333   # pixels
 
     def __init__(self, name=DETECTOR, device="cpu", batch=8):
         from transformers import Mask2FormerForUniversalSegmentation
@@ -488,9 +496,9 @@ class Detector(torch.nn.Module):
     def preprocess(self, images):
         """Return the network's input Float[B, 3, h, w], its size, and the size without padding.
 
-        The short side to 800 pixels, the long one at most 1333; grey up to multiples of 32."""
+        The short side to SHORT_SIDE, the long one at most LONG_SIDE; grey up to multiples of 32."""
         height, width = images.shape[-2:]
-        scale = min(1333 / max(height, width), 800 / min(height, width))
+        scale = min(self.LONG_SIDE / max(height, width), self.SHORT_SIDE / min(height, width))
         resized = [int(side * scale + 0.5) for side in (height, width)]
         padded = [math.ceil(side / 32) * 32 for side in resized]
         pixels = _resize(images.to(self.model.device).float(), resized).round()

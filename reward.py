@@ -7,7 +7,7 @@
     python reward.py --reward clip,hpsv2,imagereward --images DIR --prompts FILE
 
 A part of the sum is NAME[:ARGUMENT][:WEIGHT]:
-    clip[:MODEL/PRETRAINED]         logits_per_image of open_clip (default: the paper's reward)
+    clip[:ID|MODEL/PRETRAINED]      logits_per_image of open_clip (default: the paper's reward)
     hpsv2[:v2.0|v2.1|FILE]          HPSv2's cosine, not times 100 (tgxs002/HPSv2 img_score.py)
     pickscore[:ID]                  PickScore / 26 (yifan123/flow_grpo pickscore_scorer.py)
     imagereward[:ID|FILE]           ImageReward-v1.0 (THUDM/ImageReward)
@@ -46,14 +46,14 @@ import eval_geneval
 from checkpoint import InputError, fetch, first_line, load_strict, parse_json, read_weights
 from eval_geneval import DETECTOR, freeze_for_scoring, load_clip, load_detector, read_batches
 
-CLIP_DEFAULT = "ViT-H-14/laion2b_s32b_b79k"
+CLIP_DEFAULT = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 HPS_ARCHITECTURE = "ViT-H-14"
 HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 PICKSCORE_DEFAULT = "yuvalkirstain/PickScore_v1"
 IMAGEREWARD_DEFAULT = "THUDM/ImageReward"
-USAGE = ("clip[:MODEL/PRETRAINED], hpsv2[:v2.0|v2.1|FILE], pickscore[:ID], imagereward[:ID|FILE], "
-         "geneval[:exact|strict|partial], http:URL or vlm:URL:MODEL, each with an optional :WEIGHT,"
-         " joined by commas")
+USAGE = ("clip[:ID|MODEL/PRETRAINED], hpsv2[:v2.0|v2.1|FILE], pickscore[:ID], "
+         "imagereward[:ID|FILE], geneval[:exact|strict|partial], http:URL or vlm:URL:MODEL, each "
+         "with an optional :WEIGHT, joined by commas")
 
 
 class Reward:
@@ -215,7 +215,7 @@ def pickscore(model, pixels, tokens):
 
 
 class ClipReward:
-    """A part of a Reward: logits_per_image of open_clip's MODEL/PRETRAINED."""
+    """A part of a Reward: logits_per_image of an open_clip model, see load_clip()."""
     fit, score = "crop", staticmethod(clip_logits)
 
     def __init__(self, name, device):

@@ -16,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests/data"
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
-from eval_geneval import CLASSES  # noqa: E402
 from model import load_magvit, load_showo  # noqa: E402  (it mends a torchvision for open_clip)
 
 torch.set_num_threads(1)
@@ -52,22 +51,6 @@ def signals():
 def base():
     """The shipped tiny base: (Showo, MAGVITv2)."""
     return load_showo("shapes"), load_magvit("shapes/magvitv2")
-
-
-def save_tiny_mask2former(folder):
-    """Write a tiny Mask2Former of random weights for the 80 classes, sure of some objects."""
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-    torch.manual_seed(0)
-    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
-                      window_size=4, out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
-        encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
-        dim_feedforward=32, num_queries=6, num_labels=80)
-    config.id2label = dict(enumerate(CLASSES))
-    model = Mask2FormerForUniversalSegmentation(config)
-    model.class_predictor.weight.data *= 60
-    model.save_pretrained(folder)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA, ROOT, read_json, read_lines, save_tiny_mask2former
+from conftest import DATA, ROOT, read_json, read_lines
 from PIL import Image
+from rehearsal import save_tiny_mask2former
 from safetensors.torch import load_file, save_file
 
 import common

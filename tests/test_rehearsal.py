@@ -1,102 +1,104 @@
-"""The workflow of a GPU user at tiny size: a Show-o in the hub's layout (not shapes), an open_clip
-reward, GenEval's detector; train, evaluate, save, resume, draw, score. One process."""
-import json
-import shutil
+"""The rehearsal of a GPU user's workflow (rehearsal.py): in this process, in two, and the README's
+main command in eight, with tiny models in the hub's cache under the real names."""
+import os
+import subprocess
 import sys
+from types import SimpleNamespace
 
-import open_clip
 import pytest
-import torch
-from conftest import DATA, metrics, read_json, save_tiny_mask2former
+import rehearsal
+from conftest import ROOT, metrics, read_json
 
 import common
 import eval_geneval
-import reward
-import sample
 import train
 from checkpoint import checkpoints, read_rows
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Folders of a tiny Show-o with its tokenizer, MAGVIT-v2, Mask2Former and open_clip weights."""
-    root = tmp_path_factory.mktemp("hub")
-    for source in ("showo/checkpoint", "prompting/tokenizer"):
-        shutil.copytree(DATA / source, root / "showo", dirs_exist_ok=True)
-    clip = read_json("clip_tiny/config.json")["open_clip"]
-    clip["text_cfg"]["vocab_size"] = 49408
-    (root / "rehearsed.json").write_text(json.dumps(clip))
-    open_clip.add_model_config(root / "rehearsed.json")
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("rehearsed").state_dict(), root / "clip.pt")
-    save_tiny_mask2former(root / "detector")
-    eval_prompts = eval_geneval.geneval_prompts()[::180]
-    lines = [json.dumps(example) + "\n" for example in eval_prompts]
-    (root / "eval.jsonl").write_text("".join(lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval_geneval, "COLOUR_CLIP", f"rehearsed/{root / 'clip.pt'}")
-        patch.setattr(eval_geneval, "THRESHOLD", 0.05)
-        patch.setattr(reward, "DETECTOR", str(root / "detector"))
-        patch.setattr(reward, "CLIP_DEFAULT", f"rehearsed/{root / 'clip.pt'}")
-        patch.setattr(reward, "HPS_ARCHITECTURE", "rehearsed")
-        yield root
+def home(tmp_path_factory):
+    """A hub cache of tiny models."""
+    folder = tmp_path_factory.mktemp("home")
+    rehearsal.make_hub(folder)
+    return folder
 
 
-def run(monkeypatch, main, *command):
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    main()
+@pytest.fixture
+def work(home, tmp_path, monkeypatch):
+    """A working folder with the files that the README's commands name."""
+    rehearsal.make_work(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with rehearsal.rehearsing(home):
+        yield tmp_path
 
 
-def flags(world, out):
-    return ("train.py", "--model", world / "showo", "--vq", DATA / "magvit", "--filter-low",
-            "--steps", 2, "--group-size", 2, "--prompts-per-step", 2, "--unmask-steps", 3,
-            "--eval-unmask-steps", 2, "--save-every", 1, "--sample-every", 2, "--out", out)
+def test_the_readme_has_commands_for_every_script():
+    scripts = [words[0] for words in rehearsal.readme_commands()]
+    assert len(scripts) >= 14 and set(scripts) == set(rehearsal.SMALL)
+    words = ["--no-kl", "--filter-low"]
+    assert rehearsal.readme_commands()[0] == ["train.py", *words]      # the main command
 
 
-@pytest.mark.parametrize("spec, more", [
-    ("clip", ["--no-kl"]), ("clip", ["--kl"]), ("hpsv2:HPS", ["--no-kl", "--lora", 2]),
-    ("geneval:partial", ["--no-kl"]), ("clip:1,geneval:1", ["--kl"])])
-def test_every_reward_trains_a_show_o(world, monkeypatch, tmp_path, spec, more):
-    spec = spec.replace("HPS", str(world / "clip.pt"))
-    if "geneval" in spec:
-        run(monkeypatch, eval_geneval.main, "eval_geneval.py", "--write-prompts",
-            tmp_path / "train.jsonl", "--n", 20)
-        more = [*more, "--prompts", tmp_path / "train.jsonl", "--eval-prompts",
-                world / "eval.jsonl", "--eval-every", 1, "--eval-reward", "clip", "--best", "clip"]
-    out = tmp_path / "run"
-    run(monkeypatch, train.main, *flags(world, out), "--reward", spec, *more)
-    rows = metrics(out)
-    assert len(rows) == 2 and rows[0]["ratio_mean"] == 1 and rows[0]["skipped"] == 0
-    assert [f.name for f in checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
-    assert (out / "samples/before_after.png").exists()
-    if "geneval" in spec:
-        assert {"overall", "exact", "clip"} <= read_rows(out / "eval.jsonl")[0].keys()
+def test_all_commands_in_one_process(work, capsys):
+    rows, scripts = {}, []
+    for words, out in rehearsal.rehearse():
+        scripts.append(words[0])
+        said = capsys.readouterr().out
+        if words[0] == "train.py" and "--resume" not in words:
+            rows[out] = metrics(out)
+            assert [row["ratio_mean"] for row in rows[out]] == [1, 1]
+            assert [row["skipped"] for row in rows[out]] == [0, 0]
+            assert (out / "samples/before_after.png").exists()
+        elif words[0] == "train.py":
+            assert metrics(out) == rows[out]
+            assert [f.name for f in checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
+        if "--best" in words:
+            assert {"overall", "exact", "clip", "overall@0"} <= read_rows(
+                out / "eval.jsonl")[0].keys()
+        if words[0] == "reward.py":
+            assert [line.split()[0] for line in said.splitlines() if " +- " in line] == [
+                "clip", "hpsv2", "imagereward", "pickscore", "sum"]
+        if words[0] == "fidelity":
+            assert "frechet_inception_distance: " in said
+    assert set(scripts) == set(rehearsal.SMALL)
+    assert len(rows) == len([words for words in rehearsal.commands() if words[0] == "train.py"])
+    n_prompts = len((work / "eval.jsonl").read_text().splitlines())
+    assert read_json(work / "runs/geneval/summary.json")["images"] == n_prompts
 
-    shutil.rmtree(out / "checkpoint-2")
-    run(monkeypatch, train.main, *flags(world, out), "--reward", spec, *more, "--resume")
-    assert metrics(out) == rows
 
-
-def test_geneval_stops_at_the_start_without_metadata(world, monkeypatch, tmp_path):
+def test_geneval_stops_at_the_start_without_metadata(work, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--reward", "geneval", "--out", "run"])
     with pytest.raises(common.InputError, match="--prompts .*: prompt 1 lacks GenEval metadata"):
-        run(monkeypatch, train.main, *flags(world, tmp_path / "run"), "--reward", "geneval")
-    assert not (tmp_path / "run").exists()
+        train.main()
+    assert not (work / "run").exists()
 
 
-def test_tables(world, monkeypatch, tmp_path, capsys):
-    """Table 1 by eval_geneval.py; Table 4 by a folder of pictures and reward.py."""
-    model = ("--model", world / "showo", "--vq", DATA / "magvit", "--steps", 2)
-    run(monkeypatch, eval_geneval.main, "eval_geneval.py", *model, "--n", 2, "--prompts",
-        world / "eval.jsonl", "--detector", world / "detector", "--out", tmp_path / "geneval")
-    numbers = json.loads((tmp_path / "geneval/summary.json").read_text())
-    assert numbers["images"] == 2 * len((world / "eval.jsonl").read_text().splitlines())
+def test_geneval_is_evaluated_on_a_slice_of_the_official_prompts(work):
+    args = SimpleNamespace(model="showlab/show-o-512x512", reward="geneval", eval_reward=None,
+                           prompts=work / "eval.jsonl", eval_prompts=None, eval_every=1)
+    _, examples = train.load_examples(args)
+    assert len(examples) == 62 and all(e in eval_geneval.geneval_prompts() for e in examples)
+    assert len({e["tag"] for e in examples}) == 6
 
-    run(monkeypatch, sample.main, "sample.py", *model, "--n", 2, "--prompts", world / "eval.jsonl",
-        "--out", tmp_path / "pictures")
-    capsys.readouterr()
-    spec = f"clip,hpsv2:{world / 'clip.pt'},geneval"
-    run(monkeypatch, reward.main, "reward.py", "--reward", spec, "--images",
-        tmp_path / "pictures", "--prompts", world / "eval.jsonl", "--detector", world / "detector")
-    said = capsys.readouterr().out
-    assert [line.split()[0].split(":")[0] for line in said.splitlines()[1:]] == [
-        "clip", "hpsv2", "geneval", "objects", "objects_asked", "sum"]
+
+def torchrun(n, *command, **more):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n]
+    return subprocess.run([*map(str, start), *map(str, command)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})}, **more)
+
+
+def test_commands_in_two_processes():
+    """The README's, but for the other sizes of training and the other rewards."""
+    done = torchrun(2, ROOT / "tests/rehearsal.py", "--first", 9)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("runs, all of them ended well") == 2
+
+
+def test_the_main_command_in_eight_processes_with_the_hub_s_cache(home, tmp_path):
+    done = torchrun(8, ROOT / "train.py", "--no-kl", "--filter-low", "--steps", 1,
+                    "--unmask-steps", 4, "--eval-unmask-steps", 2, "--out", tmp_path / "run",
+                    env={"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    row, = metrics(tmp_path / "run")
+    assert row["ratio_mean"] == 1 and row["skipped"] == 0
+    assert [f.name for f in checkpoints(tmp_path / "run")] == ["checkpoint-1"]

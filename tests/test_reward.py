@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import DATA, read_json, serving
 from PIL import Image
+from rehearsal import save_tiny_clip, tiny_clip_model, tiny_imagereward_sizes
 from safetensors.torch import load_file
 
 import reward as reward_module
@@ -51,15 +52,11 @@ def tiny(tmp_path, clip):
     return model.eval(), tmp_path / "tiny.pt"
 
 
-def tiny_clip_model(config, text=None):
-    """transformers' CLIPModel with the weights of the fixture; text: other sizes of its text."""
-    from transformers import CLIPConfig, CLIPModel
-    config = config["transformers"]
-    config = config | {"text_config": config["text_config"] | (text or {})}
-    model = CLIPModel(CLIPConfig(**config)).eval()
-    if not text:
-        weights = load_file(DATA / "clip_tiny/weights_transformers.safetensors")
-        model.load_state_dict(weights, strict=False)
+def clip_of_the_fixture():
+    """transformers' CLIPModel with the weights of the fixture."""
+    model = tiny_clip_model()
+    weights = load_file(DATA / "clip_tiny/weights_transformers.safetensors")
+    model.load_state_dict(weights, strict=False)
     return model
 
 
@@ -83,7 +80,7 @@ def test_pickscore_is_that_of_the_original(clip, padding):
     config, tensors = clip
     tokens = tensors[f"input_ids_{padding}_padded"]
     with torch.no_grad():
-        values = pickscore(tiny_clip_model(config), tensors["pixel_values"], tokens)
+        values = pickscore(clip_of_the_fixture(), tensors["pixel_values"], tokens)
     torch.testing.assert_close(values, tensors["pickscore_flow"], **CLOSE)
 
 
@@ -102,10 +99,21 @@ def test_clip_and_hps_end_to_end(tiny, monkeypatch):
     torch.testing.assert_close(reward.log, parts, **CLOSE)
 
 
+def test_clip_takes_a_folder_of_open_clip_s(tmp_path):
+    save_tiny_clip(tmp_path)
+    images = torch.randint(0, 256, (3, 3, 28, 28), dtype=torch.uint8)
+    prompts = ["a cat", "a dog in the snow", ""]
+    values = make_reward(f"clip:{tmp_path}:2")(images, prompts)
+    weights = tmp_path / "weights.pt"
+    torch.testing.assert_close(values, make_reward(f"clip:rehearsed/{weights}:2")(images, prompts))
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(InputError, match="no open_clip_model.safetensors there"):
+        make_reward(f"clip:{tmp_path}")
+
+
 def test_pickscore_end_to_end(clip, tmp_path):
     torch.manual_seed(0)
-    model = tiny_clip_model(clip[0], {"vocab_size": 49408, "max_position_embeddings": 77,
-                                      "eos_token_id": 49407})
+    model = tiny_clip_model(vocab_size=49408, max_position_embeddings=77, eos_token_id=49407)
     model.save_pretrained(tmp_path)
     size = model.config.vision_config.image_size
     images = torch.randint(0, 256, (3, 3, 40, size), dtype=torch.uint8)
@@ -137,7 +145,7 @@ def test_half_precision_as_on_a_gpu(tiny, clip, monkeypatch):
         difference = (half(images, prompts) - expected).abs().max()
         assert 0 < difference < 5e-3 * expected.abs().max().clamp(min=1)
     config, tensors = clip
-    model = tiny_clip_model(config)
+    model = clip_of_the_fixture()
     scale = model.logit_scale.data.clone()
     model.half().logit_scale.data = scale
     with torch.no_grad():
@@ -161,14 +169,9 @@ def test_preprocessing_on_the_device_is_that_of_the_originals(k):
 def imagereward(tmp_path_factory):
     from transformers import BertTokenizer
     facts = read_json("imagereward_tiny/cases.json")
-    config, med = facts["config"], facts["config"]["med_config"]
+    vision, text, words = tiny_imagereward_sizes()
     vocab = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    vocab.write_text("\n".join(facts["vocab"]) + "\n")
-    vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "image_size": 64, "patch_size": 16}
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads", "max_position_embeddings")
-    text = {k: med[k] for k in names} | {"encoder_hidden_size": config["vision_width"]}
+    vocab.write_text("\n".join(words) + "\n")
     model = ImageReward(BertTokenizer(str(vocab)), vision, text).eval()
     weights = load_file(DATA / "imagereward_tiny/weights.safetensors")
     model.load_state_dict(ImageReward.from_official(weights))
