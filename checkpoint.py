@@ -29,6 +29,11 @@ HUB_FILES = {
     "tokenizer": ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json",
                   "added_tokens.json"],
     "open_clip": ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]}
+# flags of train.py, between a run and its resume
+MUST_MATCH = ("model", "group_size", "unmask_steps", "transition", "trajectory", "inner_epochs",
+              "kl", "lora", "seed")
+MAY_CHANGE = ("out", "resume", "wandb", "recipe", "eval_every", "sample_every", "save_every",
+              "keep_last")
 
 
 class InputError(ValueError):
@@ -423,3 +428,75 @@ def rewind(out, step):
         tmp_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         flush(tmp_path)
         tmp_path.replace(out / name)
+
+
+# ------------------------------------------------------------------------------ a run's folder
+
+def output_path(args) -> Path:
+    """Return --out, the folder of the run to resume, or a new one under runs/."""
+    if args.out or args.resume:
+        out = args.out or str(Path(args.resume).resolve().parent)
+        if not out.isprintable():
+            raise InputError(f"--out {out!r}: give a name of printable characters")
+        return Path(out)
+    return Path("runs") / f"{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def claim_output(args, out, lock):
+    """Create and lock the output folder. Raises InputError when it holds another run."""
+    if lock.path.exists():
+        lock.acquire()      # says who is there
+    own = args.resume == "auto"
+    if args.resume and not own:
+        own = out.resolve() == Path(args.resume).resolve().parent
+    rows = out / "metrics.jsonl"
+    if not own and rows.exists() and rows.stat().st_size:
+        raise InputError(f"--out {out}: holds another run; continue it with --resume or choose "
+                         "another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    rows.touch()            # from now on --resume continues this run, whenever it is stopped
+
+
+def read_resumed(folder, args) -> dict:
+    """Return trainer.pt of the checkpoint that --resume continues.
+
+    Raises InputError when it cannot be read, or is of another kind of run."""
+    resumed = read_trainer(folder)
+    if resumed["step"] > args.steps:
+        raise InputError(f"--resume {folder}: that run is past --steps {args.steps}")
+    for name in MUST_MATCH:
+        before, now = resumed["args"].get(name), getattr(args, name)
+        if before != now:
+            raise InputError(f"--resume {folder}: that run has --{name.replace('_', '-')} {before},"
+                             f" not {now}; give the same value, or start anew in another --out")
+    return resumed
+
+
+def resume_notice(resumed, args, world) -> str:
+    """Return what a resumed run does not have in common with the one that it continues, or ""."""
+    saved = resumed["args"] | {"processes": resumed["world"]}
+    changed = [f"{name} {saved[name]} -> {value}"
+               for name, value in {**vars(args), "processes": world}.items()
+               if name not in MAY_CHANGE and saved.get(name, value) != value]
+    return f"notice: changed since that checkpoint: {', '.join(changed)}" if changed else ""
+
+
+def check_state(resumed, optimizer):
+    """Raise InputError unless trainer.pt has what AdamW and the filter keep, of the right shape."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        group, = resumed["optimizer"]["param_groups"]
+        fits = group.keys() == optimizer.param_groups[0].keys()
+        fits = fits and group["params"] == list(range(len(params)))
+        fits = fits and all(isinstance(beta, float) for beta in (*group["betas"], group["eps"]))
+        for i, state in resumed["optimizer"]["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                fits = fits and state[name].shape == params[i].shape
+            fits = fits and state["step"].numel() == 1
+        fits = fits and all(isinstance(std, float) for std in resumed["filter"]["history"])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        fits = False
+    if not fits:
+        raise InputError("--resume: the optimizer or the filter in trainer.pt does not fit this "
+                         "model; take another checkpoint")

@@ -71,10 +71,6 @@ RECIPES = {
                 loss_steps_from="early", lr=1e-6, lr_schedule="constant", kl_beta=0.05,
                 reward="geneval:partial", eval_unmask_steps=25, eval_guidance=[0.0])}
                                                     # UDM-GRPO, arXiv 2604.18518, its URSA config
-MUST_MATCH = ("model", "group_size", "unmask_steps", "transition", "trajectory", "inner_epochs",
-              "kl", "lora", "seed")
-MAY_CHANGE = ("out", "resume", "wandb", "recipe", "eval_every", "sample_every", "save_every",
-              "keep_last")
 
 
 def parse_args():
@@ -538,61 +534,6 @@ def load_examples(args):
     return sets
 
 
-def output_path(args) -> Path:
-    """Return --out, the folder of the run to resume, or a new one under runs/."""
-    if args.out or args.resume:
-        out = args.out or str(Path(args.resume).resolve().parent)
-        if not out.isprintable():
-            raise InputError(f"--out {out!r}: give a name of printable characters")
-        return Path(out)
-    return Path("runs") / f"{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def claim_output(args, out, lock):
-    """Create and lock the output folder. Raises InputError when it holds another run."""
-    if lock.path.exists():
-        lock.acquire()      # says who is there
-    own = args.resume == "auto"
-    if args.resume and not own:
-        own = out.resolve() == Path(args.resume).resolve().parent
-    rows = out / "metrics.jsonl"
-    if not own and rows.exists() and rows.stat().st_size:
-        raise InputError(f"--out {out}: holds another run; continue it with --resume or choose "
-                         "another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    lock.acquire()
-    rows.touch()            # from now on --resume continues this run, whenever it is stopped
-
-
-def find_checkpoint(args):
-    """Return the checkpoint that --resume names and its trainer.pt, or (None, None).
-
-    Raises InputError when it cannot be read, or is of another kind of run."""
-    folder = args.resume
-    if folder == "auto":
-        folder = common.on_rank_0(checkpoint.newest, args.out)
-    if not folder:      # a new run, or one that was stopped before it saved
-        return None, None
-    resumed = checkpoint.read_trainer(folder)
-    if resumed["step"] > args.steps:
-        raise InputError(f"--resume {folder}: that run is past --steps {args.steps}")
-    for name in MUST_MATCH:
-        before, now = resumed["args"].get(name), getattr(args, name)
-        if before != now:
-            raise InputError(f"--resume {folder}: that run has --{name.replace('_', '-')} {before},"
-                             f" not {now}; give the same value, or start anew in another --out")
-    return Path(folder), resumed
-
-
-def resume_notice(resumed, args, world) -> str:
-    """Return what a resumed run does not have in common with the one that it continues, or ""."""
-    saved = resumed["args"] | {"processes": resumed["world"]}
-    changed = [f"{name} {saved[name]} -> {value}"
-               for name, value in {**vars(args), "processes": world}.items()
-               if name not in MAY_CHANGE and saved.get(name, value) != value]
-    return f"notice: changed since that checkpoint: {', '.join(changed)}" if changed else ""
-
-
 def load_policy(args, device, folder, resumed):
     """Load the policy, its image tokenizer, and the frozen reference of the KL (None without one).
 
@@ -633,31 +574,11 @@ def make_optimizer(args, showo, resumed):
     else:
         optimizer = torch.optim.AdamW(params, **settings)
     if resumed:
-        check_state(resumed, optimizer)
+        checkpoint.check_state(resumed, optimizer)
         optimizer.load_state_dict(resumed["optimizer"])
         for group in optimizer.param_groups:
             group["weight_decay"] = args.weight_decay       # as the flag says now
     return optimizer
-
-
-def check_state(resumed, optimizer):
-    """Raise InputError unless trainer.pt has what AdamW and the filter keep, of the right shape."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    try:
-        group, = resumed["optimizer"]["param_groups"]
-        fits = group.keys() == optimizer.param_groups[0].keys()
-        fits = fits and group["params"] == list(range(len(params)))
-        fits = fits and all(isinstance(beta, float) for beta in (*group["betas"], group["eps"]))
-        for i, state in resumed["optimizer"]["state"].items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                fits = fits and state[name].shape == params[i].shape
-            fits = fits and state["step"].numel() == 1
-        fits = fits and all(isinstance(std, float) for std in resumed["filter"]["history"])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        fits = False
-    if not fits:
-        raise InputError("--resume: the optimizer or the filter in trainer.pt does not fit this "
-                         "model; take another checkpoint")
 
 
 def is_sound(showo, T) -> bool:
@@ -781,17 +702,20 @@ def main():
     _, _, device = common.setup(args.device)
 
     # what can be wrong in files is found before a model is loaded
-    folder, resumed = find_checkpoint(args)
+    folder = args.resume
+    if folder == "auto":
+        folder = common.on_rank_0(checkpoint.newest, args.out)
+    resumed = checkpoint.read_resumed(folder, args) if folder else None
     examples, eval_examples = load_examples(args)
     for name in (args.model, args.ckpt) if args.model != "shapes" else (args.ckpt,):
         if name:
             checkpoint.fetch(name, ["config", "weights"])
     judges = load_judges(args, device)
-    out = common.on_rank_0(output_path, args)
+    out = common.on_rank_0(checkpoint.output_path, args)
 
     lock = checkpoint.Lock(out)
     try:
-        common.on_rank_0(claim_output, args, out, lock)
+        common.on_rank_0(checkpoint.claim_output, args, out, lock)
         train(args, out, device, folder, resumed, examples, eval_examples, judges)
     finally:
         lock.release()
@@ -812,7 +736,7 @@ def train(args, out, device, folder, resumed, examples, eval_examples, judges):
 
     log, stop, clock = common.Log(out, args, start), common.StopSignal(), Clock(device)
     log.say(first_lines(args, out, showo, magvit, len(examples)))
-    log.say(resume_notice(resumed, args, world) if resumed else "")
+    log.say(checkpoint.resume_notice(resumed, args, world) if resumed else "")
     shown = eval_examples[::max(1, len(eval_examples) // 12)][:12]
     how, stopping, error = (args, showo, magvit, judges), False, ""
 

@@ -302,15 +302,15 @@ def no_history(saved):
 def test_a_state_that_does_not_fit_is_said(harm):
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    assert train.check_state(trainer_of(1, optimizer), optimizer) is None      # without a step, too
+    assert checkpoint.check_state(trainer_of(1, optimizer), optimizer) is None      # no step yet
     model(torch.ones(3)).sum().backward()
     optimizer.step()
     saved = trainer_of(1, optimizer)
-    assert train.check_state(saved, torch.optim.AdamW(model.parameters())) is None
+    assert checkpoint.check_state(saved, torch.optim.AdamW(model.parameters())) is None
     harm(saved)
     with pytest.raises(InputError, match="--resume: the optimizer or the filter in trainer.pt does "
                        "not fit"):
-        train.check_state(saved, torch.optim.AdamW(model.parameters()))
+        checkpoint.check_state(saved, torch.optim.AdamW(model.parameters()))
 
 
 def test_a_resume_that_fails_takes_nothing_back(monkeypatch, tmp_path):

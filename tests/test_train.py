@@ -326,7 +326,7 @@ def write_places(folder):
         places[word].mkdir(parents=True)
 
     values = ("shapes", 4, 4, "p2", "rollout", 1, False, None, 42)
-    saved = dict(zip(train.MUST_MATCH, values, strict=True))
+    saved = dict(zip(checkpoint.MUST_MATCH, values, strict=True))
     torch.save({"step": 2, "args": saved, "world": 1, "n_bad": 0, "optimizer": {},
                 "filter": {"history": []}}, places["CHECKPOINT"] / "trainer.pt")
     return places
