@@ -234,29 +234,6 @@ def test_a_policy_that_diverges_is_not_saved_and_the_run_can_go_back(call, tmp_p
     assert [row["skipped"] for row in checkpoint.read_rows(run / "metrics.jsonl")] == [0, 0, 0]
 
 
-# ------------------------------------------------------------------------------ 3: the benchmark
-
-def load_script(path, monkeypatch):
-    """Return a script of the repository as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, path.stem, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("what", ["speed", "memory", "ladder", "curve"])
-def test_the_benchmark_runs(monkeypatch, tmp_path, capsys, what):
-    bench = load_script(ROOT / "results/bench.py", monkeypatch)
-    monkeypatch.setattr(bench, "in_own_process", lambda function, *how: function(*how))
-    monkeypatch.setattr(sys, "argv", [
-        "bench.py", what, "--size", "shapes", "--repeat", "1", "--group", "2", "--unmask-steps",
-        "2", "--steps", "1", "--device", "cpu", "--json", str(tmp_path / "numbers.json")])
-    bench.main()
-    assert json.loads((tmp_path / "numbers.json").read_text())
-    assert capsys.readouterr().out.startswith("{")
-
-
 # ------------------------------------------------------------------------------ 4: GenEval
 
 @pytest.fixture
@@ -660,6 +637,15 @@ def test_a_tiny_base_can_be_made_and_trained(jobs, call):
     assert "Traceback" not in errors["pretrained"]
     flags = (*FLAGS, "--model", folder / "base", "--vq", folder / "base/magvitv2", "--steps", 1)
     check(call(train.main, *flags, "--out", "run"), None)
+
+
+def load_script(path, monkeypatch):
+    """Return a script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("steps, warmup", [(1, 0.05), (2, 0.05), (10, 0.1), (20, 0.05),

@@ -41,8 +41,8 @@ def out(tmp_path_factory):
 def jobs(out):
     """{name: future of a finished process}; those that take longest start first."""
     def bench(what, *more):
-        return ("results/bench.py", what, "--size", "shapes", "--repeat", 1,
-                "--json", out / f"{what}.json", *more)
+        return ("results/bench.py", what, "--size", "shapes", "--repeat", 1, "--group", 2,
+                "--steps", 1, "--json", out / f"{what}.json", *more)
     commands = {
         "soak": ("results/soak.py", "--steps", 3, "--every", 1, "--after", 0,
                  "--json", out / "soak.json"),
