@@ -4,7 +4,7 @@
     python sample.py --model shapes --prompt "a photo of a red circle" --n 8
     torchrun --nproc_per_node 8 sample.py --prompts FILE --out DIR      # a PNG each, goes on
 
-All but generate() and main() needs torch alone and one function, so it can be copied:
+All but generate() and the command line needs torch alone and one function, so it can be copied:
 
     policy(codes: Long[B, N]) -> logits: Float[B, N, K]     # closed over the prompts; K = masked
 
@@ -339,10 +339,44 @@ def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, bat
     return torch.cat(pictures)
 
 
-def main():
+def draw_grid(showo, magvit, prompts, args, settings):
+    """Draw --n pictures of each prompt into the PNG --out, a grid when there are several."""
+    import common
+    seeds = [args.seed * 1_000_003 + i for i in range(len(prompts))]
+    pictures = generate(showo, magvit, prompts, n=args.n, seeds=seeds, **settings)
+    captions = [prompt for prompt in prompts for _ in range(args.n)]
+    a_row_each = args.n > 1 and len(prompts) > 1
+    columns = args.n if a_row_each else math.ceil(math.sqrt(len(pictures)))
+    one = len(pictures) == 1
+    image = common.to_pil(pictures[0]) if one else common.grid(pictures, captions, columns)
+    image.save(args.out)
+    print(f"{len(pictures)} pictures of {len(prompts)} prompts in {args.out}")
+
+
+def draw_folder(showo, magvit, prompts, args, settings):
+    """Draw --n pictures of each prompt into the folder --out, a PNG each, shared out over
+    processes; whole ones are kept. Raises InputError when it was drawn with other settings."""
     import hashlib
-    import time
     from pathlib import Path
+
+    import common
+    out, rank, batch = Path(args.out), common.get_rank(), settings.pop("batch")
+    digest = hashlib.sha256("\n".join(prompts).encode("utf-8", "replace")).hexdigest()
+    common.prepare_out(out, {
+        "model": args.model, "ckpt": args.ckpt, "vq": args.vq, "dtype": str(showo.showo.dtype),
+        "n": args.n, "seed": args.seed, "prompts": digest, **settings}, rank)
+    files = {i: [out / f"{i:06d}-{k:02d}.png" for k in range(args.n)]
+             for i in range(rank, len(prompts), common.get_world())}
+
+    def draw(prompts, n, seeds):
+        seeds = [args.seed * 1_000_003 + i for i in seeds]
+        return generate(showo, magvit, prompts, n=n, seeds=seeds, batch=batch, **settings)
+    drawn = common.draw_files(files, prompts, args.n, draw, batch)
+    print(f"process {rank}: drew {drawn} pictures in {out}")
+
+
+def main():
+    import time
 
     import common
     from model import describe, load_models
@@ -361,39 +395,14 @@ def main():
         prompts += [example["prompt"] for example in common.read_prompts(args.prompts)]
     if not prompts:
         p.error("give --prompt TEXT or --prompts FILE")
-    to_folder = common.check_output(p, args.out)
+    draw = draw_folder if common.check_output(p, args.out) else draw_grid
 
-    rank, world, device = common.setup(args.device)
+    rank, _, device = common.setup(args.device)
     showo, magvit = load_models(args.model, ckpt=args.ckpt, vq=args.vq, tokenizer=args.tokenizer,
                                 device=device, dtype=common.choose_dtype(args.dtype, device))
     if rank == 0:
         print(describe(showo, magvit), flush=True)
-    settings = common.sampling_settings(args)
-    if to_folder:
-        batch = settings.pop("batch")
-        digest = hashlib.sha256("\n".join(prompts).encode("utf-8", "replace")).hexdigest()
-        common.prepare_out(Path(args.out), {
-            "model": args.model, "ckpt": args.ckpt, "vq": args.vq, "dtype": str(showo.showo.dtype),
-            "n": args.n, "seed": args.seed, "prompts": digest, **settings}, rank)
-        files = {i: [Path(args.out) / f"{i:06d}-{k:02d}.png" for k in range(args.n)]
-                 for i in range(rank, len(prompts), world)}
-
-        def draw(prompts, n, seeds):
-            seeds = [args.seed * 1_000_003 + i for i in seeds]
-            return generate(showo, magvit, prompts, n=n, seeds=seeds, batch=batch, **settings)
-        drawn = common.draw_files(files, prompts, args.n, draw, batch)
-        print(f"process {rank}: drew {drawn} pictures in {args.out}")
-        return
-    seeds = [args.seed * 1_000_003 + i for i in range(len(prompts))]
-    pictures = generate(showo, magvit, prompts, n=args.n, seeds=seeds, **settings)
-
-    captions = [prompt for prompt in prompts for _ in range(args.n)]
-    a_row_each = args.n > 1 and len(prompts) > 1
-    columns = args.n if a_row_each else math.ceil(math.sqrt(len(pictures)))
-    one = len(pictures) == 1
-    image = common.to_pil(pictures[0]) if one else common.grid(pictures, captions, columns)
-    image.save(args.out)
-    print(f"{len(pictures)} pictures of {len(prompts)} prompts in {args.out}")
+    draw(showo, magvit, prompts, args, common.sampling_settings(args))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,8 @@ def test_a_picture_per_file_in_shards_that_go_on(monkeypatch, tmp_path, capsys):
     prompts.write_text("a photo of a moon\na photo of two stars\na photo of a red ring\n")
 
     def draw(out, rank=0, world=1):
-        monkeypatch.setattr(common, "setup", lambda device: (rank, world, torch.device("cpu")))
+        monkeypatch.setattr(common, "get_rank", lambda: rank)
+        monkeypatch.setattr(common, "get_world", lambda: world)
         monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "shapes", "--prompts",
                                           str(prompts), "--n", "2", "--steps", "3", "--out",
                                           str(out)])
