@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_json  # noqa: E402
 from grpo import clipped_objective, kl_k3  # noqa: E402
-from model import SPECIALS, MAGVITv2, Prompt, Showo  # noqa: E402
+from model import SPECIALS, BaseOf, MAGVITv2, Prompt, Showo  # noqa: E402
 from sample import Trajectory, mask_schedule, rollout  # noqa: E402
 from train import move_log_prob, move_stats  # noqa: E402
 
@@ -31,7 +31,7 @@ SIZES = {
     "showo-512": ({}, 50295, 8192, 1024, 50, 6, None, 2 * 986_109_441),
     "tiny": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2), 35, 64, 16, 4, 6,
              dict(ch=32, ch_mult=[1], num_res_blocks=[1], z_channels=6), 0)}
-TEXT, PROCESSES = 25, 8     # tokens of the prompt; processes that --zero shards over
+TEXT, PROCESSES, RANK = 25, 8, 16   # tokens of the prompt; processes of --zero; of --lora
 
 
 class Memory(TorchDispatchMode):
@@ -110,44 +110,55 @@ def update(showo, reference, prompt, n_masked, kind):
             move_stats(logp - logp.detach(), logits[:, :n_moved[t]], kl, bounds)
 
 
+def new_showo(config, phi):
+    """Return a policy as load_policy makes it, with weights that have no values."""
+    showo = Showo(config, phi, None).eval()
+    showo.compute_dtype = torch.bfloat16
+    return showo
+
+
+def nbytes(tensors) -> int:
+    """Return the bytes of the storages of tensors."""
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+def state_of_training(showo, prompt, n_masked) -> dict:
+    """Make gradients and moments -> {name: the tensors that stay}."""
+    trained = list(showo.trainable().values())
+    update(showo, None, prompt, n_masked, "p2")
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    return {"weights": list(showo.parameters()), "gradients": [p.grad for p in trained],
+            "moments": moments}
+
+
+def measure_updates(showo, reference, fixed, prompt, n_masked, other, lora):
+    """Return a row of the table for each setting. fixed: the bytes that stay; other: what rollout
+    and decoding hold beyond."""
+    rows, base = [], fixed["weights"] + fixed["MAGVIT decoder"] + fixed["reward"]
+    for kind, B, checkpointing in itertools.product(("p2", "p1"), (6, 3, 1), ("no", "yes")):
+        row = {"transition": kind, "--micro-batch": B, "--grad-checkpoint": checkpointing,
+               "--lora": lora or "no"}
+        showo.grad_checkpoint = checkpointing == "yes"
+        for flag, frozen in (("--no-kl", None), ("--kl", reference)):
+            needed = memory_of_update(showo, frozen, prompt.repeat(B), n_masked, kind)
+            peak = base + max(fixed["gradients"] + needed, *other.values())
+            peak += fixed["reference"] if frozen else 0
+            row[flag] = (peak + fixed["moments"]) / 1e9
+            row[f"{flag} --zero"] = (peak + fixed["moments"] / PROCESSES) / 1e9
+        rows.append(row)
+    return rows
+
+
 def measure(size) -> dict:
     """Return the bytes of what stays and of what phases hold beyond, and a row for each setting."""
     phi, n_text, K, N, T, G, vq, n_reward = SIZES[size]
-    n_masked, rows = [N, *mask_schedule(N, T).tolist()], []
+    n_masked = [N, *mask_schedule(N, T).tolist()]
     config = {"vocab_size": n_text + len(SPECIALS) + K + 1, "llm_vocab_size": n_text,
               "codebook_size": K, "num_vq_tokens": N}
     Memory.answers[torch.long] = N
-    with FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory:
-        showo, reference = (Showo(config, phi, None).eval() for _ in range(2))
-        showo.compute_dtype = torch.bfloat16
-        reference.requires_grad_(False).compute_dtype = torch.bfloat16
-        magvit = MAGVITv2(vq, vq).eval().requires_grad_(False)
-        ids = torch.zeros(1, TEXT, dtype=torch.long)
-        prompt, weights = Prompt(ids, ids == 0, ids[0, :1]), list(showo.parameters())
-        update(showo, None, prompt, n_masked, "p2")     # makes the gradients
-        optimizer = torch.optim.AdamW(weights)
-        optimizer.step()                                # makes the moments
-        moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
-        kept = {"weights": weights, "gradients": [p.grad for p in weights], "moments": moments,
-                "reference": reference.parameters(), "MAGVIT": magvit.state_dict().values()}
-        fixed = {name: sum(x.untyped_storage().nbytes() for x in tensors)
-                 for name, tensors in kept.items()} | {"reward": n_reward}
-
-        # these two before any gradients; train.py rolls out whole groups if micro-batches are small
-        other = {"rollout": memory.peak_of(roll_out, showo, prompt.repeat(G)),
-                 "decode": memory.peak_of(magvit.decode, torch.zeros(1, N, dtype=torch.long))}
-        stays = fixed["weights"] + fixed["MAGVIT"] + fixed["reward"]
-        for kind, B, checkpointing in itertools.product(("p2", "p1"), (6, 3, 1), ("no", "yes")):
-            row = {"transition": kind, "--micro-batch": B, "--grad-checkpoint": checkpointing}
-            showo.grad_checkpoint = checkpointing == "yes"
-            for flag, frozen in (("--no-kl", None), ("--kl", reference)):
-                needed = memory.peak_of(update, showo, frozen, prompt.repeat(B), n_masked, kind)
-                peak = max(fixed["gradients"] + needed, *other.values())
-                peak += stays + (fixed["reference"] if frozen else 0)
-                row[flag] = (peak + fixed["moments"]) / 1e9
-                row[f"{flag} --zero"] = (peak + fixed["moments"] / PROCESSES) / 1e9
-            rows.append(row)
-    return {"parameters": sum(p.numel() for p in weights), "bytes": fixed | other, "GB": rows}
+    return NotImplemented
 
 
 def main():
