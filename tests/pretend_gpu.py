@@ -18,6 +18,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -290,11 +291,26 @@ def pretend_collectives():
         setattr(dist, name, strict(getattr(dist, name)))
 
 
+def pretend_backward():
+    """Let the backward pass, where checkpoints run the program again, see devices, too."""
+    plain = torch.autograd._engine_run_backward
+
+    def run_backward(*args, **kwargs):
+        with Program():
+            return plain(*args, **kwargs)
+    torch.autograd._engine_run_backward = run_backward
+
+    def facts(x):
+        """Return what a checkpoint compares with the first pass."""
+        return {"shape": x.shape, "dtype": x.dtype, "on_gpu": on_gpu(x)}
+    torch.utils.checkpoint._allowed_determinism_checks_to_fns["default"] = facts
+
+
 def start():
     """From here on there is a GPU; for good."""
     answers = {"is_available": True, "is_initialized": True, "is_bf16_supported": True,
-               "device_count": 8, "current_device": GPU.index, "max_memory_allocated": 0,
-               "memory_allocated": 0, "get_device_name": "pretended",
+               "device_count": 8, "current_device": GPU.index, "max_memory_allocated": 1,
+               "memory_allocated": 1, "get_device_name": "pretended",
                "get_rng_state": torch.get_rng_state()}
     quiet = ("_lazy_init", "init", "set_device", "empty_cache", "reset_peak_memory_stats",
              "set_rng_state", "manual_seed", "manual_seed_all")
@@ -305,6 +321,7 @@ def start():
     start.library = pretend_autocast()
     pretend_files()
     pretend_collectives()
+    pretend_backward()
     Operations().__enter__()
     Program().__enter__()
 

@@ -1,5 +1,6 @@
 """The workflow of a GPU user at tiny size: a Show-o in the hub's layout (not shapes), an open_clip
 reward, GenEval's detector; train, evaluate, save, resume, draw, score. One process."""
+import contextlib
 import json
 import shutil
 import sys
@@ -19,8 +20,15 @@ from checkpoint import checkpoints, read_rows
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Folders of a tiny Show-o with its tokenizer, MAGVIT-v2, Mask2Former and open_clip weights."""
-    root = tmp_path_factory.mktemp("hub")
+    """See hub()."""
+    with hub(tmp_path_factory.mktemp("hub")) as root:
+        yield root
+
+
+@contextlib.contextmanager
+def hub(root):
+    """Give folders of a tiny Show-o with its tokenizer, MAGVIT-v2, Mask2Former and open_clip
+    weights, which rewards and GenEval then take as their own."""
     for source in ("showo/checkpoint", "prompting/tokenizer"):
         shutil.copytree(DATA / source, root / "showo", dirs_exist_ok=True)
     clip = read_json("clip_tiny/config.json")["open_clip"]

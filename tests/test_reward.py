@@ -159,10 +159,15 @@ def test_preprocessing_on_the_device_is_that_of_the_originals(k):
 
 @pytest.fixture(scope="module")
 def imagereward(tmp_path_factory):
+    return tiny_imagereward(tmp_path_factory.mktemp("vocab"))
+
+
+def tiny_imagereward(folder):
+    """Return ImageReward with the weights of the fixture, and what the original said."""
     from transformers import BertTokenizer
     facts = read_json("imagereward_tiny/cases.json")
     config, med = facts["config"], facts["config"]["med_config"]
-    vocab = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    vocab = folder / "vocab.txt"
     vocab.write_text("\n".join(facts["vocab"]) + "\n")
     vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
               "num_attention_heads": 4, "image_size": 64, "patch_size": 16}
