@@ -155,12 +155,12 @@ class Showo(nn.Module):
                               enabled=self.compute_dtype is not None)
 
     def compute_in(self, dtype):
-        """Set compute_dtype, and hold frozen projections as it: autocast would cast them in every
-        pass, where it casts trained ones once. No result changes."""
+        """Set compute_dtype. Frozen projections are held as it, if any: autocast would cast them in
+        every pass, where it casts trained ones once. No result changes."""
         self.compute_dtype = dtype
         for module in self.showo.model.layers.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-                module.weight.data = module.weight.data.to(dtype)
+                module.weight.data = module.weight.data.to(dtype or module.weight.dtype)
 
     def encode(self, prompts: list[str], max_text_len: int = 128) -> Prompt:
         """Return the ids of prompts, [PAD].. <|t2i|> bos text eos: Long[B, max_text_len + 1].
@@ -386,7 +386,7 @@ def _again(function, *args, when, **how):
 def _again_in_half(function, x):
     """Under autocast, call a function again in the backward pass: of q's and k's norms the input is
     kept in half precision, not the float32 that they make of it."""
-    return _again(function, x, when=torch.is_autocast_enabled(x.device.type))
+    return _again(function, x, when=x.requires_grad and torch.is_autocast_enabled(x.device.type))
 
 
 def _mlp(mlp, x):
@@ -508,7 +508,7 @@ def _infer_config(path, state, n_text):
 
 
 def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtype=torch.float32):
-    """Load Show-o and its image tokenizer -> (Showo, MAGVITv2).
+    """Load Show-o and its image tokenizer, whose encoder stays on the CPU -> (Showo, MAGVITv2).
 
     model: as for load_showo, or "shapes", the tiny base; ckpt: weights in place of the model's.
     Raises InputError, also when the two do not share a codebook."""
@@ -517,7 +517,7 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtyp
     showo = load_showo(where, tokenizer=tokenizer, device=device, dtype=dtype,
                        like=model if ckpt else None)
     magvit = load_magvit(vq, device=device)
-    magvit.encoder.cpu()    # nobody asks these for codes, and a GPU has better use for 0.2 GB
+    magvit.encoder.cpu()    # 0.2 GB; only decode() is asked of it
     if math.isqrt(showo.N) ** 2 != showo.N:
         raise InputError(f"{where}: {showo.N} image tokens do not fill a square")
     n_codes = len(magvit.quantize.embedding)

@@ -36,7 +36,7 @@ from sample import mask_schedule, transition_log_prob  # noqa: E402
 # T, and the side of the product that is timed
 SIZES = {
     "showo-512": ({}, 50295, 8192, 1024, None, "ViT-H-14", 50, 8192),
-    "tiny": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+    "tiny": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                   num_attention_heads=2), 35, 64, 16,
              dict(ch=32, ch_mult=[1, 1, 1], num_res_blocks=[1, 1, 1], z_channels=6), "tiny", 4,
              256)}

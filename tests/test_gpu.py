@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, ROOT, metrics
+from conftest import DATA, ROOT, metrics, serving
 from safetensors.torch import load_file
 from test_rehearsal import hub
-from test_reward import tiny_clip_model, tiny_imagereward
+from test_reward import Judge, tiny_clip_model, tiny_imagereward
 
 import common
 import eval_geneval
@@ -143,7 +143,7 @@ def test_pictures_and_geneval(one):
 
 def test_every_reward_scores_pictures_of_a_gpu(one):
     scores = found(one, "rewards")
-    assert scores.keys() == {"clip", "hpsv2", "pickscore", "imagereward", "geneval"}
+    assert scores.keys() == {"clip", "hpsv2", "pickscore", "imagereward", "geneval", "http"}
     for values in scores.values():
         on_gpu, on_cpu = torch.tensor(values)
         assert on_gpu.isfinite().all()
@@ -337,6 +337,10 @@ def scores(world):
             judge = reward.make_reward(spec, device=device)
             values = judge(images.to(device), prompts, examples)
             found[name].append(judge.log.get("objects", values).tolist())
+    with serving(Judge) as server:
+        server.seen, server.answers = [], []
+        judge = reward.make_reward(f"http:http://127.0.0.1:{server.server_port}")
+        found["http"] = [judge(images.to(device), prompts).tolist() for device in ("cuda", "cpu")]
     judge, _ = tiny_imagereward(world)
     found["imagereward"] = [judge.to(device)(images.to(device), prompts)[0].tolist()
                             for device in ("cuda", "cpu")]
