@@ -19,6 +19,7 @@ import contextlib
 import math
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,19 +136,31 @@ class Showo(nn.Module):
         if not 0 < self.phi["partial_rotary_factor"] <= 1:
             raise InputError("phi_config.json: partial_rotary_factor must be over 0, at most 1")
         self.showo = PhiForCausalLM._from_config(self.phi_config, attn_implementation="sdpa")
-        if self.phi_config.hidden_act == "gelu_new":
-            for layer in self.showo.model.layers:  # the same, in one kernel
+        for layer in self.showo.model.layers:
+            layer.input_layernorm.register_forward_hook(_cast_once)
+            layer.mlp.forward = partial(_mlp, layer.mlp)
+            for norm in (layer.self_attn.q_layernorm, layer.self_attn.k_layernorm):
+                norm.forward = partial(_again_in_half, norm.forward)
+            if self.phi_config.hidden_act == "gelu_new":    # the same, in one kernel
                 layer.mlp.activation_fn = nn.GELU(approximate="tanh")
 
     @property
     def device(self):
         return self.showo.lm_head.weight.device
 
-    def autocast(self):
+    def autocast(self, cache=None):
         """Return the context of products in compute_dtype. Around several passes, each weight is
-        cast once for all of them."""
-        return torch.autocast(self.device.type, self.compute_dtype,
+        cast once for all of them, unless cache is False."""
+        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=cache,
                               enabled=self.compute_dtype is not None)
+
+    def compute_in(self, dtype):
+        """Set compute_dtype. Frozen projections are held as it, if any: autocast would cast them in
+        every pass, where it casts trained ones once. No result changes."""
+        self.compute_dtype = dtype
+        for module in self.showo.model.layers.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.weight.data = module.weight.data.to(dtype or module.weight.dtype)
 
     def encode(self, prompts: list[str], max_text_len: int = 128) -> Prompt:
         """Return the ids of prompts, [PAD].. <|t2i|> bos text eos: Long[B, max_text_len + 1].
@@ -177,10 +190,16 @@ class Showo(nn.Module):
         ids, real = ids[:, n_padding:], real[:, n_padding:]
         no_padding = bool(real.all())
 
+        text = _again(self._text_pass, ids, None if no_padding else real, when=self.grad_checkpoint)
+        empty = self.prefill(self.encode([""])) if guided else None
+        return Prompt(ids, real, row, text, no_padding, empty)
+
+    def _text_pass(self, ids, real):
+        """Return the Text of ids Long[P, n]; real: Bool[P, n], None where all are."""
         text, phi, head = Text(), self.showo.model, self.showo.lm_head
         i = torch.arange(ids.shape[1], device=ids.device)
         itself, causal = i[:, None] == i, i[:, None] >= i
-        attend = None if no_padding else (causal & real[:, None] | itself)[:, None]
+        attend = None if real is None else (causal & real[:, None] | itself)[:, None]
         with self.autocast():
             hidden = F.embedding(ids, phi.embed_tokens.weight)
             rotary = phi.rotary_emb(hidden, i[None])
@@ -189,16 +208,16 @@ class Showo(nn.Module):
                                position_embeddings=rotary, is_causal=True)
 
         embed, codes = phi.embed_tokens.weight, slice(self.code_offset, self.code_offset + self.K)
-        text.embed = torch.cat([embed[self.code_offset:], embed[[self.soi, self.eoi]]])
+        text.embed = torch.cat([embed[self.code_offset:], embed[self.soi:self.eoi + 1]])
         text.head, text.bias = head.weight[codes].float(), head.bias[codes].float()
-        empty = self.prefill(self.encode([""])) if guided else None
-        return Prompt(ids, real, row, text, no_padding, empty)
+        return text
 
     @contextlib.contextmanager
     def shared_text(self, prompt: Prompt):
         """Give a prefilled prompt for many backward passes: their gradients stop at the text and
         add up, and their sum goes on through it once, when the context ends."""
-        with self.autocast():
+        # a cache keeps all weights as compute_dtype, and their gradients to the end of each pass
+        with self.autocast(cache=not self.grad_checkpoint):
             prompt = self.prefill(prompt)
             text = prompt.text
             shared = [*(x for pair in text.layers for x in pair), text.embed, text.head, text.bias]
@@ -271,9 +290,13 @@ class Showo(nn.Module):
         ids = F.pad(F.pad(codes, (1, 0), value=self.K + 1), (0, 1), value=self.K + 2)   # soi, eoi
         attend = None
         if not prompt.no_padding:
-            seen = F.pad(prompt.real[prompt.row], (0, N + 2), value=True)       # (B, start + N + 2)
-            attend = torch.zeros_like(seen, dtype=text.embed.dtype).masked_fill(~seen, -math.inf)
-            attend = attend[:, None, None].expand(-1, -1, N + 2, -1)
+            # one row for all queries of all layers: of another type, or if its length in memory is
+            # no multiple of 8, CUDA's attention makes a whole mask of it in each layer
+            width = start + N + 2
+            seen = F.pad(prompt.real[prompt.row], (0, N + 2 + -width % 8), value=True)
+            attend = torch.zeros_like(seen, dtype=self.compute_dtype or text.embed.dtype)
+            attend = attend.masked_fill_(~seen, -math.inf)[:, None, None, :width]
+            attend = attend.expand(-1, -1, N + 2, -1)                   # (B, 1, N + 2, width)
 
         with self.autocast():
             hidden = F.embedding(ids, text.embed)
@@ -282,10 +305,7 @@ class Showo(nn.Module):
             how = dict(attention_mask=attend, past_key_values=text, position_embeddings=rotary,
                        is_causal=False)
             for layer in phi.layers[:-1]:
-                if self.grad_checkpoint and torch.is_grad_enabled():
-                    hidden = checkpoint(layer, hidden, use_reentrant=False, **how)
-                else:
-                    hidden = layer(hidden, **how)
+                hidden = _again(layer, hidden, when=self.grad_checkpoint, **how)
 
             # the last block computes at some positions alone, which see the keys of all
             last, at = phi.layers[-1], positions + 1        # after <|soi|>
@@ -354,6 +374,31 @@ class BaseOf:
                     layer.set_scale("default", 1.0)
         value = getattr(self.showo, name)
         return without_adapters if callable(value) else value
+
+
+def _again(function, *args, when, **how):
+    """Call a function; when: keep its inputs alone, and call it again in the backward pass."""
+    if when and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **how)
+    return function(*args, **how)
+
+
+def _again_in_half(function, x):
+    """Under autocast, call a function again in the backward pass: of q's and k's norms the input is
+    kept in half precision, not the float32 that they make of it."""
+    return _again(function, x, when=x.requires_grad and torch.is_autocast_enabled(x.device.type))
+
+
+def _mlp(mlp, x):
+    """Do what PhiMLP does, but keep one of the two widest tensors of a layer: the activation is
+    computed again (the product after it is not, the backward pass needs no result of it)."""
+    return _again_in_half(lambda inner: mlp.fc2(mlp.activation_fn(inner)), mlp.fc1(x))
+
+
+def _cast_once(norm, args, out):
+    """Under autocast a norm returns float32, of which q, k, v and fc1 would each keep a copy."""
+    device = out.device.type
+    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
 
 
 def _keys_and_values(layer, hidden, rotary):
@@ -463,7 +508,7 @@ def _infer_config(path, state, n_text):
 
 
 def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtype=torch.float32):
-    """Load Show-o and its image tokenizer -> (Showo, MAGVITv2).
+    """Load Show-o and its image tokenizer, whose encoder stays on the CPU -> (Showo, MAGVITv2).
 
     model: as for load_showo, or "shapes", the tiny base; ckpt: weights in place of the model's.
     Raises InputError, also when the two do not share a codebook."""
@@ -472,6 +517,7 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtyp
     showo = load_showo(where, tokenizer=tokenizer, device=device, dtype=dtype,
                        like=model if ckpt else None)
     magvit = load_magvit(vq, device=device)
+    magvit.encoder.cpu()    # 0.2 GB; only decode() is asked of it
     if math.isqrt(showo.N) ** 2 != showo.N:
         raise InputError(f"{where}: {showo.N} image tokens do not fill a square")
     n_codes = len(magvit.quantize.embedding)

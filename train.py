@@ -551,7 +551,7 @@ def load_policy(args, device, folder, resumed):
                 raise InputError("--resume: the adapters in trainer.pt do not fit --lora")
             showo.load_state_dict(adapters, strict=False)
     if common.choose_dtype(args.dtype, device) == torch.bfloat16:
-        showo.compute_dtype = torch.bfloat16
+        showo.compute_in(torch.bfloat16)
     showo.grad_checkpoint = args.grad_checkpoint
     reference = None
     if args.kl and args.kl_beta and args.lora:
@@ -559,7 +559,7 @@ def load_policy(args, device, folder, resumed):
     elif args.kl and args.kl_beta:
         reference, _ = load_models(args.model, ckpt=args.ckpt, vq=args.vq,
                                    tokenizer=args.tokenizer, device=device)
-        reference.requires_grad_(False).compute_dtype = showo.compute_dtype
+        reference.requires_grad_(False).compute_in(showo.compute_dtype)
     return showo, magvit, reference
 
 

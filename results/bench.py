@@ -216,9 +216,12 @@ def flops(showo, tokens, context, wanted):
     return first + last
 
 
-def matmul_rate(device, seconds=1.0):
-    """Return the FLOP/s of a large product, bf16 on a GPU, fp32 on a CPU: the best of several."""
+def matmul_rate(device, side=None, seconds=1.0):
+    """Return the FLOP/s of a large product, bf16 on a GPU, fp32 on a CPU: the best of several.
+
+    side: of its square matrices, None = 8192 on a GPU, 2048 on a CPU."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    n = side or n
     a = torch.randn(n, n, device=device, dtype=dtype)
     best, end = 0, time.perf_counter() + seconds
     while time.perf_counter() < end or not best:
@@ -312,7 +315,7 @@ def bench_speed(args):
     }
     seconds, rate = {name: [] for name in runs}, 0
     for _ in range(args.repeat):
-        rate = max(rate, matmul_rate(device))
+        rate = max(rate, matmul_rate(device, 512 if args.size == "shapes" else None))
         for name, run in runs.items():
             seconds[name].append(timed(run, device))
 

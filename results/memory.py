@@ -21,17 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_json  # noqa: E402
 from grpo import clipped_objective, kl_k3  # noqa: E402
-from model import SPECIALS, MAGVITv2, Prompt, Showo  # noqa: E402
+from model import SPECIALS, BaseOf, MAGVITv2, Prompt, Showo  # noqa: E402
 from sample import Trajectory, mask_schedule, rollout  # noqa: E402
 from train import move_log_prob, move_stats  # noqa: E402
 
 # Phi's sizes, then Show-o's: text vocabulary, K, N, and T and G; MAGVIT's sizes; the reward's bytes
-# (fp16; the parameters of open_clip.create_model("ViT-H-14", device="meta"), added up once)
+# (fp16; the parameters of open_clip.create_model("ViT-H-14", device="meta"), added up once); and
+# the micro-batches of the table
 SIZES = {
-    "showo-512": ({}, 50295, 8192, 1024, 50, 6, None, 2 * 986_109_441),
+    "showo-512": ({}, 50295, 8192, 1024, 50, 6, None, 2 * 986_109_441, (6, 3, 1)),
     "tiny": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2), 35, 64, 16, 4, 6,
-             dict(ch=32, ch_mult=[1], num_res_blocks=[1], z_channels=6), 0)}
-TEXT, PROCESSES = 25, 8     # tokens of the prompt; processes that --zero shards over
+             dict(ch=32, ch_mult=[1], num_res_blocks=[1], z_channels=6), 0, (6,))}
+TEXT, PROCESSES, RANK = 25, 8, 16   # tokens of the prompt; processes of --zero; of --lora
 
 
 class Memory(TorchDispatchMode):
@@ -110,44 +111,74 @@ def update(showo, reference, prompt, n_masked, kind):
             move_stats(logp - logp.detach(), logits[:, :n_moved[t]], kl, bounds)
 
 
+def policy_and_reference(config, phi, rank):
+    """Return what train.load_policy makes: rank 0 trains all weights, another one adapters."""
+    showo = Showo(config, phi, None).eval()
+    if rank:
+        # peft moves what it adds, which fakes do not know
+        with mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+            showo.add_lora(rank)
+        reference = BaseOf(showo)
+    else:
+        reference = Showo(config, phi, None).eval().requires_grad_(False)
+        reference.compute_in(torch.bfloat16)
+    showo.compute_in(torch.bfloat16)
+    return showo, reference
+
+
+def what_stays(showo, reference, prompt, n_masked) -> dict:
+    """Make gradients and moments, and return the bytes of all that stays through a step."""
+    trained = list(showo.trainable().values())
+    update(showo, None, prompt, n_masked, "p2")
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    kept = {"weights": showo.parameters(), "gradients": [p.grad for p in trained],
+            "moments": moments, "reference": ()}
+    if not isinstance(reference, BaseOf):
+        kept["reference"] = reference.parameters()
+    return {name: sum(x.untyped_storage().nbytes() for x in tensors)
+            for name, tensors in kept.items()}
+
+
 def measure(size) -> dict:
-    """Return the bytes of what stays and of what phases hold beyond, and a row for each setting."""
-    phi, n_text, K, N, T, G, vq, n_reward = SIZES[size]
-    n_masked, rows = [N, *mask_schedule(N, T).tolist()], []
+    """Return the bytes of what stays and of what phases hold beyond, without and with LoRA, and a
+    row for each setting."""
+    phi, n_text, K, N, T, G, vq, n_reward, micro_batches = SIZES[size]
+    n_masked, found = [N, *mask_schedule(N, T).tolist()], {"bytes": {}, "GB": []}
     config = {"vocab_size": n_text + len(SPECIALS) + K + 1, "llm_vocab_size": n_text,
               "codebook_size": K, "num_vq_tokens": N}
     Memory.answers[torch.long] = N
     with FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory:
-        showo, reference = (Showo(config, phi, None).eval() for _ in range(2))
-        showo.compute_dtype = torch.bfloat16
-        reference.requires_grad_(False).compute_dtype = torch.bfloat16
         magvit = MAGVITv2(vq, vq).eval().requires_grad_(False)
+        magvit.encoder = None       # load_models leaves it on the CPU
+        others = {"MAGVIT decoder": sum(x.nbytes for x in magvit.state_dict().values()),
+                  "reward": n_reward}
+        decode = memory.peak_of(magvit.decode, torch.zeros(1, N, dtype=torch.long))
         ids = torch.zeros(1, TEXT, dtype=torch.long)
-        prompt, weights = Prompt(ids, ids == 0, ids[0, :1]), list(showo.parameters())
-        update(showo, None, prompt, n_masked, "p2")     # makes the gradients
-        optimizer = torch.optim.AdamW(weights)
-        optimizer.step()                                # makes the moments
-        moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
-        kept = {"weights": weights, "gradients": [p.grad for p in weights], "moments": moments,
-                "reference": reference.parameters(), "MAGVIT": magvit.state_dict().values()}
-        fixed = {name: sum(x.untyped_storage().nbytes() for x in tensors)
-                 for name, tensors in kept.items()} | {"reward": n_reward}
+        prompt = Prompt(ids, ids == 0, ids[0, :1])
+        for rank in (0, RANK):
+            showo, reference = policy_and_reference(config, phi, rank)
+            fixed = what_stays(showo, reference, prompt, n_masked) | others
+            # before any gradients; train.py rolls out whole groups if micro-batches are small
+            early = {"rollout": memory.peak_of(roll_out, showo, prompt.repeat(G)), "decode": decode}
+            found["bytes"]["--lora" if rank else "all weights"] = fixed | early
+            found.setdefault("parameters", sum(p.numel() for p in showo.parameters()))
 
-        # these two before any gradients; train.py rolls out whole groups if micro-batches are small
-        other = {"rollout": memory.peak_of(roll_out, showo, prompt.repeat(G)),
-                 "decode": memory.peak_of(magvit.decode, torch.zeros(1, N, dtype=torch.long))}
-        stays = fixed["weights"] + fixed["MAGVIT"] + fixed["reward"]
-        for kind, B, checkpointing in itertools.product(("p2", "p1"), (6, 3, 1), ("no", "yes")):
-            row = {"transition": kind, "--micro-batch": B, "--grad-checkpoint": checkpointing}
-            showo.grad_checkpoint = checkpointing == "yes"
-            for flag, frozen in (("--no-kl", None), ("--kl", reference)):
-                needed = memory.peak_of(update, showo, frozen, prompt.repeat(B), n_masked, kind)
-                peak = max(fixed["gradients"] + needed, *other.values())
-                peak += stays + (fixed["reference"] if frozen else 0)
-                row[flag] = (peak + fixed["moments"]) / 1e9
-                row[f"{flag} --zero"] = (peak + fixed["moments"] / PROCESSES) / 1e9
-            rows.append(row)
-    return {"parameters": sum(p.numel() for p in weights), "bytes": fixed | other, "GB": rows}
+            for kind, B, checkpointing in itertools.product(
+                    ("p2", "p1"), micro_batches, ("no", "yes")):
+                row = {"transition": kind, "--micro-batch": B, "--grad-checkpoint": checkpointing,
+                       "--lora": rank or "no"}
+                showo.grad_checkpoint = checkpointing == "yes"
+                for flag, frozen in (("--no-kl", None), ("--kl", reference)):
+                    needed = memory.peak_of(update, showo, frozen, prompt.repeat(B), n_masked, kind)
+                    peak = max(fixed["gradients"] + needed, *early.values())
+                    peak += fixed["weights"] + sum(others.values())
+                    peak += fixed["reference"] if frozen else 0
+                    row[flag] = (peak + fixed["moments"]) / 1e9
+                    row[f"{flag} --zero"] = (peak + fixed["moments"] / PROCESSES) / 1e9
+                found["GB"].append(row)
+    return found
 
 
 def main():
@@ -159,12 +190,15 @@ def main():
     library = torch.library.Library("aten", "IMPL", "AutocastCPU")
     library.impl("layer_norm", layer_norm)
     Showo.prefill = prefill
+    gc.freeze()         # peak_of() collects often, and what is imported is much
     found = measure(args.size)
-    sizes = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in found["bytes"].items())
+    sizes = "; ".join(
+        f"{how}: " + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in sizes.items())
+        for how, sizes in found["bytes"].items())
     lines = [f"`python results/memory.py {' '.join(sys.argv[1:])}`", "",
              "Peak memory of training in GB (1e9), counted without a GPU; with --zero on each of "
-             f"{PROCESSES} processes. {found['parameters']:,} parameters; {sizes}.", "",
-             f"| {' | '.join(found['GB'][0])} |", "|---" * 7 + "|"]
+             f"{PROCESSES} processes. {found['parameters']:,} parameters. {sizes}.", "",
+             f"| {' | '.join(found['GB'][0])} |", "|---" * 8 + "|"]
     for row in found["GB"]:
         cells = [f"{x:.1f}" if isinstance(x, float) else str(x) for x in row.values()]
         lines.append(f"| {' | '.join(cells)} |")

@@ -15,22 +15,24 @@ def test_table_of_memory(tmp_path):
                     "--json", numbers], cwd=ROOT, check=True, timeout=600,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     found = json.loads(numbers.read_text())
-    size, rows = found["bytes"], found["GB"]
+    size, lora, rows = found["bytes"]["all weights"], found["bytes"]["--lora"], found["GB"]
     assert size["weights"] + size["gradients"] + size["moments"] == 16 * found["parameters"]
-    assert size["reference"] == size["weights"]
+    assert size["weights"] // 2 < size["reference"] < size["weights"]   # projections in half
+    assert lora["weights"] - lora["gradients"] == size["reference"] and lora["reference"] == 0
+    assert lora["moments"] == 2 * lora["gradients"]
 
     lines = md.read_text().splitlines()
     assert lines[0].startswith("`python results/memory.py --size tiny")
-    assert sum(line.startswith("| p") for line in lines) == len(rows) == 12
-    table = {(row["transition"], row["--micro-batch"], row["--grad-checkpoint"]): row
-             for row in rows}
-    assert set(table) == {(kind, B, checkpointing) for kind in ("p2", "p1") for B in (6, 3, 1)
-                          for checkpointing in ("no", "yes")}
-    for row in rows:
+    assert sum(line.startswith("| p") for line in lines) == len(rows) == 8
+    table = {(row["transition"], row["--grad-checkpoint"], row["--lora"]): row for row in rows}
+    assert set(table) == {(kind, checkpointing, rank) for kind in ("p2", "p1")
+                          for checkpointing in ("no", "yes") for rank in ("no", 16)}
+    for (kind, checkpointing, rank), row in table.items():
+        stays = lora if rank == 16 else size
         sharded = row["--no-kl"] - row["--no-kl --zero"]
-        assert sharded == pytest.approx(size["moments"] * 7 / 8 / 1e9)
-        assert row["--kl"] >= row["--no-kl"] + size["reference"] / 1e9
-        assert row["--no-kl"] >= table["p2", 1, "yes"]["--no-kl"]
-    for kind in ("p2", "p1"):
-        assert table[kind, 6, "yes"]["--kl"] < table[kind, 6, "no"]["--kl"]
-    assert table["p1", 6, "no"]["--kl"] > table["p2", 6, "no"]["--kl"]
+        assert sharded == pytest.approx(stays["moments"] * 7 / 8 / 1e9)
+        assert row["--kl"] >= row["--no-kl"] + stays["reference"] / 1e9
+        assert row["--no-kl"] > sum(stays[name] for name in ("weights", "moments")) / 1e9
+        if checkpointing == "yes":
+            assert row["--no-kl"] <= table[kind, "no", rank]["--no-kl"]
+    assert table["p1", "no", "no"]["--kl"] > table["p2", "no", "no"]["--kl"]

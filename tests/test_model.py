@@ -211,6 +211,30 @@ def test_half_precision(showo, expected, how):
     assert (guided - wanted).norm() < 3e-2 * wanted.norm()
 
 
+def test_frozen_projections_in_half_precision_change_no_logit(showo):
+    """compute_in() holds them as autocast would cast them in each pass; what is saved stays
+    float32."""
+    trained, frozen, adapted = (load_showo(CHECKPOINT, tokenizer=TOKENIZER) for _ in range(3))
+    trained.compute_in(torch.bfloat16)
+    frozen.requires_grad_(False).compute_in(torch.bfloat16)
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    halves = {name.split(".")[-2] for name, p in frozen.named_parameters()
+              if p.dtype == torch.bfloat16}
+    assert halves == {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}
+    codes, prompt = some_codes(showo, 2), showo.encode(["a red cat", "two"], 16)
+    with torch.no_grad():
+        assert torch.equal(frozen.logits(codes, prompt), trained.logits(codes, prompt))
+
+    adapted.add_lora(2)
+    adapted.compute_in(torch.bfloat16)
+    with torch.no_grad():       # adapters begin as 0
+        assert torch.equal(adapted.logits(codes, prompt), trained.logits(codes, prompt))
+    saved = adapted.merged_state()
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    for name, weight in trained.state_dict().items():
+        assert (saved[name] - weight).norm() <= 4e-3 * weight.norm()
+
+
 # ------------------------------------------------------------------------------ layouts
 
 def copy_configs(folder):

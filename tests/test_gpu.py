@@ -1,0 +1,420 @@
+"""The scripts on a pretended GPU (pretend_gpu.py): devices, nccl's rules, waits of the host, types.
+
+Started by it, test_gpu.py OUT goes through the scripts in one process, or under torchrun through
+those of several; what it leaves in OUT is looked at by the tests."""
+import ast
+import collections
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rehearsal
+import torch
+from conftest import ROOT, metrics, serving
+from safetensors.torch import load_file
+from test_reward import Judge
+
+import common
+import eval_geneval
+import reward
+import sample
+import train
+from model import PHI_1_5, load_magvit, load_models, load_showo
+from sample import transition_log_prob
+
+# of fewer pictures, all advantages can be 0
+FLAGS = ("--model shapes --filter-low --steps 2 --prompts-per-step 3 --group-size 8 "
+         "--unmask-steps 8 --loss-steps 3 --micro-batch 24 --filter-warmup 2 --eval-every 0 "
+         "--eval-n 1 --eval-unmask-steps 2 --sample-every 0 --save-every 1").split()
+
+
+PRETEND = ROOT / "tests/pretend_gpu.py"
+
+
+def start(*command):
+    """Start python with these words."""
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder that the script leaves, in one process."""
+    out = tmp_path_factory.mktemp("one")
+    started = start(PRETEND, __file__, out)
+    printed, errors = started.communicate(timeout=400)
+    assert started.returncode == 0, errors[-3000:]
+    (out / "printed.txt").write_text(printed)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder that the script leaves, in two processes."""
+    out = tmp_path_factory.mktemp("two")
+    started = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, PRETEND,
+                    __file__, out)
+    _, errors = started.communicate(timeout=400)
+    assert started.returncode == 0, errors[-3000:]
+    return out
+
+
+def found(one, name):
+    """Return what the script wrote down."""
+    return json.loads((one / f"{name}.json").read_text())
+
+
+# ------------------------------------------------------------------------------ train.py
+
+def test_training_runs_on_a_gpu(one):
+    """With a KL, Eq. 14, two epochs and checkpointing; then resumed."""
+    rows = metrics(one / "kl")
+    assert len(rows) == 2 and rows == metrics(one / "kl-again")
+    assert all(row["skipped"] == 0 and row["grad_norm"] > 0 for row in rows)
+    ours, again = (load_file(one / run / "checkpoint-2/pytorch_model.safetensors")
+                   for run in ("kl", "kl-again"))
+    assert all(torch.equal(again[name], weight) for name, weight in ours.items())
+    assert "computing in torch.bfloat16" in (one / "printed.txt").read_text()
+
+
+@pytest.mark.parametrize("run", ["plain", "lora"])
+def test_ratio_and_kl_are_exact_at_the_first_step_in_bf16(one, run):
+    """Against a reference whose projections are held in bf16, and one without adapters."""
+    first = metrics(one / run)[0]
+    assert first["ratio_mean"] == first["ratio_max"] == 1 and first["kl_ref"] == 0
+    assert first["grad_norm"] > 0 and first["adv_zero"] < 1
+
+
+def test_the_host_does_not_wait_inside_the_loops_over_t(one):
+    waits = found(one, "waits")
+    assert waits["planted in rollout"] == {"test_gpu.py item": 8}
+    for run in ("kl", "plain"):
+        assert waits[run]["inside"] == {} and waits[run]["outside"] > 10
+
+
+def test_lean_gradients_are_those_of_plain_layers_to_the_rounding_of_bf16(one):
+    """Without the savings of _cast_once, _mlp and _again_in_half logits are the same bits, and
+    gradients differ by less than they do from float32's."""
+    for far in found(one, "gradients"):
+        assert far["logits"] == 0 and 0 < far["lean to plain"] < far["plain to float32"] < 5e-3
+        assert far["lean to float32"] < 1.2 * far["plain to float32"]
+
+
+def test_attention_takes_what_the_fast_kernels_take(one):
+    """No mask and bf16 for one prompt: flash attention's rules. Else a mask in bf16 that is one row
+    for all queries and heads, its rows at multiples of 8: that of memory-efficient attention."""
+    calls = found(one, "attention")
+    assert calls["image"] and calls["unequal"]
+    assert PHI_1_5["hidden_size"] // PHI_1_5["num_attention_heads"] == 64
+    for call in [*calls["image"], *calls["unequal"]]:
+        assert call["dtypes"] == ["torch.bfloat16"] * 3 and call["dropout"] == 0
+        assert call["head_dim"] % 8 == 0 and call["head_dim"] <= 256 and call["last_stride"] == 1
+    assert all(call["mask"] is None for call in calls["image"])
+    for call in calls["unequal"]:
+        dtype, strides, size, rows = call["mask"]
+        assert dtype == "torch.bfloat16" and strides[-1] == 1
+        assert all(stride % 8 == 0 for stride in strides[:-1]) and strides[2] == 0
+        assert size == rows * strides[0]
+
+
+def test_the_decoder_keeps_one_layout(one):
+    """On a GPU NCHW, which its GroupNorm makes of all; on a CPU NHWC."""
+    assert found(one, "layouts") == ["mid.attn_1.proj_out"]     # once, at the lowest resolution
+    magvit = load_magvit(ROOT / "shapes/magvitv2")
+    assert layouts(magvit, torch.channels_last) == ["post_quant_conv"]      # the first one
+
+
+def test_the_encoder_that_nobody_uses_is_not_on_the_gpu(one):
+    assert found(one, "on_gpu") == {"encoder": False, "decoder": True, "quantize": True}
+
+
+# ------------------------------------------------------------------------------ the other scripts
+
+def test_pictures_and_geneval(one):
+    assert len(list((one / "pictures").glob("*.png"))) == 4
+    assert found(one, "geneval/summary")["images"] > 0
+
+
+def test_every_reward_scores_pictures_of_a_gpu(one):
+    scores = found(one, "rewards")
+    assert scores.keys() == {"clip", "hpsv2", "pickscore", "imagereward", "geneval", "http"}
+    for values in scores.values():
+        on_gpu, on_cpu = torch.tensor(values)
+        assert on_gpu.isfinite().all()
+        torch.testing.assert_close(on_gpu, on_cpu, atol=2e-2, rtol=1e-2)    # half against float32
+
+
+def test_bench(one):
+    assert found(one, "speed")["log_prob_relative_difference"] < 2e-2
+    assert len(found(one, "ladder")["forward_ms"]) == 5
+    assert found(one, "memory")["update_peak_gb"].keys() == {"ours"}
+
+
+def test_the_check_for_a_card_runs_whole(one):
+    numbers = found(one, "gpu_check")
+    assert len(numbers["holds"]) == 9 and all(numbers["holds"].values())
+    assert numbers["seconds"].keys() == {"load_policy", "save_checkpoint", "rollout", "decode",
+                                         "reward", "update"}
+    assert all(seconds > 0 for seconds in numbers["seconds"].values())
+    assert all(0 < share for share in numbers["share_of_matmul_rate"].values())
+    assert len(numbers["memory_gb"]) == 3
+
+
+# ------------------------------------------------------------------------------ two processes, bugs
+
+def test_two_processes_by_nccls_rules(two):
+    """Sharded and not; sharded, stopped and resumed."""
+    plain, zero, again = (metrics(two / run) for run in ("plain", "zero", "zero-again"))
+    assert len(plain) == 2 and plain[0] == zero[0] and zero == again
+    states = [load_file(two / run / "checkpoint-2/pytorch_model.safetensors")
+              for run in ("plain", "zero", "zero-again")]
+    for name, weight in states[1].items():
+        assert torch.equal(states[2][name], weight)
+        assert (weight - states[0][name]).norm() <= 1e-3 * states[0][name].norm()
+    assert len(list((two / "pictures").glob("*.png"))) == 3
+
+
+def test_a_dropped_move_to_the_gpu_is_caught(tmp_path):
+    for name in (*(path.name for path in ROOT.glob("*.py")), "shapes", "prompts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    text, move = (ROOT / "model.py").read_text(), "        ids = ids.to(self.device)\n"
+    assert text.count(move) == 1
+    (tmp_path / "model.py").unlink()
+    (tmp_path / "model.py").write_text(text.replace(move, ""))
+    started = start(PRETEND, tmp_path / "train.py", *FLAGS, "--out", tmp_path / "run")
+    _, errors = started.communicate(timeout=120)
+    assert started.returncode != 0
+    assert re.search(r"Expected all tensors to be on the same device.*\[model.py:\d+\]", errors)
+
+
+# ------------------------------------------------------------------------------ the script
+
+def loop_lines(file, function):
+    """Return the lines of the loop over t in a function."""
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            loop, = (n for n in ast.walk(node)
+                     if isinstance(n, ast.For) and getattr(n.target, "id", "") == "t")
+            return range(loop.body[0].lineno, loop.end_lineno + 1)
+
+
+def waits_since(before):
+    """Return what made the host wait since a Counter was copied: inside the loops over t of rollout
+    and update, {line: n}, and how often elsewhere."""
+    import pretend_gpu
+    inside = {f"{file}:{line}" for file, function in (("sample.py", "rollout"),
+                                                      ("train.py", "update"))
+              for line in loop_lines(file, function)}
+    found, outside = collections.Counter(), 0
+    for (what, stack), n in (pretend_gpu.waits - before).items():
+        if inside & set(stack):
+            found[f"{stack[-1].split(':')[0]} {what}"] += n
+        else:
+            outside += n
+    return {"inside": dict(found), "outside": outside}
+
+
+def planted_wait():
+    """Return what waits_since() finds in a rollout whose policy asks for a number."""
+    import pretend_gpu
+    before = pretend_gpu.waits.copy()
+
+    def policy(codes):
+        assert codes.sum().item() > 0
+        return torch.zeros(*codes.shape, 4, device=codes.device)
+    sample.rollout(policy, 2, 16, 4, 8, generator=torch.Generator("cuda"))
+    return {name.replace("_local_scalar_dense.default", "item"): n
+            for name, n in waits_since(before)["inside"].items()}
+
+
+def layouts(magvit, wanted=torch.contiguous_format):
+    """Return the decoder's layers that get or give a tensor of another memory layout."""
+    others = set()
+    for name, module in magvit.decoder.named_modules():
+        def look(module, args, out, name=name):
+            if not all(x.is_contiguous(memory_format=wanted) for x in (*args, out)):
+                others.add(name)
+        if isinstance(module, torch.nn.Conv2d | torch.nn.GroupNorm):
+            module.register_forward_hook(look)
+    device = magvit.quantize.embedding.device
+    magvit.decode(torch.zeros(2, 16, dtype=torch.long, device=device))
+    return sorted(others)
+
+
+def attention_calls():
+    """Return what scaled_dot_product_attention is given by an update's passes of one prompt, and by
+    a rollout's of prompts of unequal length."""
+    plain, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def seen(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
+        mask = attn_mask
+        if mask is not None:
+            storage = mask.untyped_storage().nbytes() // mask.element_size()
+            mask = [str(mask.dtype), mask.stride(), storage, len(mask)]
+        calls.append({"dtypes": [autocast_type(x) for x in (query, key, value)], "mask": mask,
+                      "dropout": dropout_p, "head_dim": query.shape[-1],
+                      "last_stride": query.stride(-1)})
+        return plain(query, key, value, attn_mask, dropout_p, is_causal, **_)
+
+    def autocast_type(x):
+        """Return the type that autocast makes of a floating-point argument."""
+        return str(torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else x.dtype)
+    showo = load_showo(ROOT / "shapes", device="cuda")
+    showo.compute_in(torch.bfloat16)
+    torch.nn.functional.scaled_dot_product_attention = seen
+    codes = torch.full((2, showo.N), showo.K, device="cuda")
+    texts = ["a photo of a red circle", "a photo of two stars and a blue moon"]
+    with showo.shared_text(showo.encode(texts[:1]).repeat(2)) as text:
+        showo.logits(codes, text)
+    image, calls = calls, []
+    policy = showo.policy(showo.encode(texts))
+    calls.clear()               # the text's own pass
+    policy(codes)
+    torch.nn.functional.scaled_dot_product_attention = plain
+    return {"image": image, "unequal": calls}
+
+
+def make_plain(showo):
+    """Undo what model.py does for memory."""
+    for layer in showo.showo.model.layers:
+        layer.input_layernorm._forward_hooks.clear()
+        for module in (layer.mlp, layer.self_attn.q_layernorm, layer.self_attn.k_layernorm):
+            del module.forward
+    return showo
+
+
+def distances_of_gradients(checkpointing):
+    """Return relative distances of logits and gradients: with the savings, without, in float32."""
+    outcomes = {}
+    for name, dtype in (("lean", torch.bfloat16), ("plain", torch.bfloat16), ("float32", None)):
+        showo = load_showo(ROOT / "shapes", device="cuda")
+        showo.compute_in(dtype)
+        showo.grad_checkpoint = checkpointing and name == "lean"
+        showo = showo if name == "lean" else make_plain(showo)
+        g = torch.Generator("cuda").manual_seed(0)
+        target = torch.randint(showo.K, (8, showo.N), generator=g, device="cuda")
+        order = torch.arange(showo.N, device="cuda").expand(8, -1) % 4
+        prompt = showo.encode(["a photo of a red circle", "a photo of two stars"]).repeat(4)
+        with showo.shared_text(prompt) as text:
+            for t in range(4):
+                codes = torch.where(order < t, target, showo.K)
+                logits = showo.logits(codes, text)
+                logp = transition_log_prob(logits, target, order, t, "p2")
+                with torch.autocast("cuda", enabled=False):
+                    (logp * torch.arange(-4.0, 4, device="cuda")).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in showo.parameters()])
+        outcomes[name] = logits.detach(), gradient
+
+    def far(a, b, what=1):
+        a, b = outcomes[a][what], outcomes[b][what]
+        return ((a - b).norm() / b.norm()).item()
+    return {"logits": far("lean", "plain", 0), "lean to plain": far("lean", "plain"),
+            "lean to float32": far("lean", "float32"),
+            "plain to float32": far("plain", "float32")}
+
+
+def scores():
+    """Return the scores of each reward's tiny model on the GPU and on the CPU."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    prompts = ["a cat", "a photo of a dog", ""]
+    examples, found = eval_geneval.geneval_prompts()[::180][:3], {}
+    with serving(Judge) as server:
+        server.seen, server.answers = [], []
+        for spec in ("clip", "hpsv2", "pickscore", "imagereward", "geneval:partial",
+                     f"http:http://127.0.0.1:{server.server_port}"):
+            name = spec.split(":")[0]
+            found[name] = []
+            for device in ("cuda", "cpu"):
+                judge = reward.make_reward(spec, device=device)
+                values = judge(images.to(device), prompts, examples)
+                found[name].append(judge.log.get("objects", values).tolist())
+    return found
+
+
+def call(main, *command):
+    """Call a script's main with flags."""
+    sys.argv = [str(word) for word in command]
+    main()
+
+
+def drop_last(run, other):
+    """Copy a run without its second checkpoint."""
+    if common.get_rank() == 0:
+        shutil.copytree(run, other, ignore=lambda *_: ["checkpoint-2"])
+    common.barrier()
+    return other
+
+
+def main_of_one(out):
+    """Go through the scripts in one process."""
+    import pretend_gpu
+    sys.path.insert(0, str(ROOT / "results"))
+    import bench
+    import gpu_check
+    waits = {"planted in rollout": planted_wait()}
+
+    def training(name, *flags, run=None):
+        before = pretend_gpu.waits.copy()
+        call(train.main, "train.py", *FLAGS, "--out", run or out / name, *flags)
+        waits[name] = waits_since(before)
+    kl = ("--kl", "--transition", "p1", "--inner-epochs", 2, "--grad-checkpoint", "--eval-every", 2,
+          "--sample-every", 2)
+    training("kl", *kl)
+    training("again", *kl, "--resume", run=drop_last(out / "kl", out / "kl-again"))
+    training("plain", "--steps", 1, "--kl")
+    training("lora", "--steps", 1, "--kl", "--lora", 4)
+    training("float32", "--steps", 1, "--no-kl", "--dtype", "fp32", "--transition", "ar")
+
+    call(sample.main, "sample.py", "--model", "shapes", "--prompt", "a photo of a red circle",
+         "--prompt", "a photo of two stars", "--n", 2, "--cfg", 1, "--steps", 3, "--out",
+         out / "pictures")
+    home, work = out / "home", out / "work"
+    work.mkdir()
+    rehearsal.make_hub(home)
+    rehearsal.make_work(work)
+    with rehearsal.rehearsing(home):
+        found = {"rewards": scores()}
+        call(eval_geneval.main, "eval_geneval.py", "--steps", 2, "--n", 1, "--prompts",
+             work / "eval.jsonl", "--out", out / "geneval")
+    bench.in_own_process = lambda function, *args: function(*args)
+    tiny = ("--size", "shapes", "--repeat", 1, "--device", "cuda")
+    for what, *more in (("speed",), ("ladder",), ("memory", "--who", "ours")):
+        call(bench.main, "bench.py", what, *tiny, *more, "--json", out / f"{what}.json")
+    call(gpu_check.main, "gpu_check.py", "--size", "tiny", "--json", out / "gpu_check.json")
+
+    _, magvit = load_models("shapes", device="cuda")
+    found["on_gpu"] = {name: all(x.is_cuda for x in part.state_dict().values())
+                       for name, part in magvit.named_children()}
+    found |= {"waits": waits, "attention": attention_calls(), "layouts": layouts(magvit),
+              "gradients": [distances_of_gradients(on) for on in (False, True)]}
+    for name, value in found.items():
+        (out / f"{name}.json").write_text(json.dumps(value))
+
+
+def main_of_two(out):
+    """Go through what two processes do."""
+    place = common.setup()
+    common.setup = lambda device: place
+    flags = ["train.py", *FLAGS, "--prompts-per-step", 2, "--no-kl"]
+    call(train.main, *flags, "--out", out / "plain", "--eval-every", 2)
+    call(train.main, *flags, "--out", out / "zero", "--eval-every", 2, "--zero")
+    again = drop_last(out / "zero", out / "zero-again")
+    call(train.main, *flags, "--out", again, "--eval-every", 2, "--zero", "--resume")
+    call(sample.main, "sample.py", "--model", "shapes", "--prompt", "a photo of a red circle",
+         "--prompt", "a photo of two stars", "--prompt", "a photo of a cat", "--steps", 2, "--out",
+         out / "pictures")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        main_of_two(Path(sys.argv[1]))
+    else:
+        main_of_one(Path(sys.argv[1]))
