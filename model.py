@@ -156,7 +156,8 @@ class Showo(nn.Module):
 
     def compute_in(self, dtype):
         """Set compute_dtype. Frozen projections are held as it, if any: autocast would cast them in
-        every pass, where it casts trained ones once. No result changes."""
+        every pass, where it casts trained ones once. No result changes, but weights that are saved
+        with adapters merged have the rounded base, which is the one that was trained."""
         self.compute_dtype = dtype
         for module in self.showo.model.layers.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:

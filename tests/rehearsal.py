@@ -189,7 +189,6 @@ def commands():
     """Return every command of the rehearsal; the first one trains runs/NAME."""
     with_rewards = [["train.py", "--reward", spec] + ["--no-kl"] * (spec != REWARDS[-1])
                     for spec in REWARDS]
-    with_rewards.append(["train.py", "--no-kl", "--lora", "2"])
     return readme_commands() + with_rewards
 
 
