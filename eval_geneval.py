@@ -365,19 +365,24 @@ def scores(rows: list[dict], resamples: int = 2000) -> dict:
 # ----------------------------------------------------------------------------------- detection
 
 def load_clip(name: str, device="cpu"):
-    """Load open_clip's MODEL/PRETRAINED: (model, its transform of PIL pictures, tokenizer).
+    """Load open_clip's MODEL/PRETRAINED, or its local folder, such as shapes/clip: (model, its
+    transform of PIL pictures, tokenizer).
 
     PRETRAINED may be a file. Raises InputError when open_clip cannot load it."""
     import open_clip
     architecture, _, pretrained = name.partition("/")
-    if not pretrained:
+    folder = Path(__file__).parent / name if architecture == "shapes" else Path(name)
+    if (folder / "open_clip_config.json").is_file():
+        architecture, pretrained = f"local-dir:{folder}", None
+    elif not pretrained:
         raise InputError(f"clip {name}: wanted MODEL/PRETRAINED, such as {COLOUR_CLIP}")
     try:
         model, _, transform = open_clip.create_model_and_transforms(
-            architecture, pretrained=pretrained, device=device)
+            architecture, pretrained=pretrained, require_pretrained=True, device=device)
     except Exception as error:  # the hub client's errors have no common class
         raise InputError(f"clip {name}: open_clip cannot load it ({first_line(error)}); check the "
-                         "name and the network, or give MODEL/PATH-TO-WEIGHTS") from None
+                         "name and the network, or give MODEL/PATH-TO-WEIGHTS or open_clip's "
+                         "local folder") from None
     return freeze_for_scoring(model, device), transform, open_clip.get_tokenizer(architecture)
 
 

@@ -7,7 +7,8 @@
     python reward.py --reward clip,hpsv2,imagereward --images DIR --prompts FILE
 
 A part of the sum is NAME[:ARGUMENT][:WEIGHT]:
-    clip[:MODEL/PRETRAINED]         logits_per_image of open_clip (default: the paper's reward)
+    clip[:MODEL/PRETRAINED|FOLDER]  logits_per_image of open_clip (default: the paper's reward);
+                                    shapes/clip is a tiny one for --model shapes
     hpsv2[:v2.0|v2.1|FILE]          HPSv2's cosine, not times 100 (tgxs002/HPSv2 img_score.py)
     pickscore[:ID]                  PickScore / 26 (yifan123/flow_grpo pickscore_scorer.py)
     imagereward[:ID|FILE]           ImageReward-v1.0 (THUDM/ImageReward)
@@ -51,9 +52,9 @@ HPS_ARCHITECTURE = "ViT-H-14"
 HPS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 PICKSCORE_DEFAULT = "yuvalkirstain/PickScore_v1"
 IMAGEREWARD_DEFAULT = "THUDM/ImageReward"
-USAGE = ("clip[:MODEL/PRETRAINED], hpsv2[:v2.0|v2.1|FILE], pickscore[:ID], imagereward[:ID|FILE], "
-         "geneval[:exact|strict|partial], http:URL or vlm:URL:MODEL, each with an optional :WEIGHT,"
-         " joined by commas")
+USAGE = ("clip[:MODEL/PRETRAINED|FOLDER], hpsv2[:v2.0|v2.1|FILE], pickscore[:ID], "
+         "imagereward[:ID|FILE], geneval[:exact|strict|partial], http:URL or vlm:URL:MODEL, each "
+         "with an optional :WEIGHT, joined by commas")
 
 
 class Reward:
@@ -215,7 +216,7 @@ def pickscore(model, pixels, tokens):
 
 
 class ClipReward:
-    """A part of a Reward: logits_per_image of open_clip's MODEL/PRETRAINED."""
+    """A part of a Reward: logits_per_image of open_clip's MODEL/PRETRAINED, or local folder."""
     fit, score = "crop", staticmethod(clip_logits)
 
     def __init__(self, name, device):

@@ -110,8 +110,8 @@ def refused(*flags, **environment):
 
 def pretrained(out):
     """Make a base in three steps -> lines of error."""
-    job = start(ROOT / "shapes/pretrain.py", "--steps", 2, "--tokenizer-steps", 1, "--pool", 100,
-                "--out", out)
+    job = start(ROOT / "shapes/pretrain.py", "--steps", 2, "--tokenizer-steps", 1,
+                "--clip-steps", 1, "--pool", 100, "--out", out)
     _, errors = end(job)
     assert job.returncode == 0, errors[-3000:]
     return errors
@@ -263,7 +263,8 @@ def test_the_benchmark_runs(monkeypatch, tmp_path, capsys, what):
 def another_model(tmp_path, monkeypatch):
     """Flags of a model that is not shapes by name; shapes' detector judges its GenEval reward."""
     folder = tmp_path / "other"
-    shutil.copytree(ROOT / "shapes", folder, ignore=shutil.ignore_patterns("magvitv2", "*.py"))
+    ignore = shutil.ignore_patterns("magvitv2", "clip", "*.py")
+    shutil.copytree(ROOT / "shapes", folder, ignore=ignore)
     config = checkpoint.read_json(folder / "config.json") | {"llm_model_path": "microsoft/phi-1_5"}
     checkpoint.write_json(folder / "config.json", config)
 
