@@ -472,8 +472,8 @@ def draw_files(files: dict, prompts, n, draw, batch) -> int:
 def grid(images, captions, columns):
     """Return one PIL image of uint8 [B, 3, H, W], a caption (or "") under each.
 
-    Small pictures are enlarged to about 128 pixels."""
-    scale = max(1, 128 // images.shape[-1])
+    Small pictures are enlarged to about 144 pixels."""
+    scale = max(1, 144 // images.shape[-1])
     height, width = (side * scale for side in images.shape[-2:])
     text_height = 28 if any(captions) else 0
     font = ImageFont.load_default(size=11)

@@ -6,10 +6,10 @@
 base: GenEval's rule (overall), the exact rule, and objects drawn and asked for, by family; 63
 held-out prompts x --n pictures. order: the share of all tokens, and of all objects, that each
 iteration places, and the policy's entropy at the tokens that it places, in nats. clip: how often
-the CLIP ranks a right picture over a wrong one, by family. Three kinds of wrong pictures: "other",
+the CLIP ranks a right picture over a wrong one, by family. Four kinds of wrong pictures: "other",
 of another prompt of the family; "near", with one thing changed (a class, the count by one, a
-colour, the relation, colours exchanged); "drawn", what the policy draws wrong, beside what it draws
-right for the same prompt.
+colour, the relation, colours exchanged); "more", with an object that nobody asked for; "drawn",
+what the policy draws wrong, beside what it draws right for the same prompt.
 """
 import copy
 import json
@@ -92,6 +92,15 @@ def nearly(line, rng) -> dict:
     return other
 
 
+def with_more(line, rng) -> dict:
+    """Return the metadata of a picture that shows one object more, of a class that is not named."""
+    other = copy.deepcopy(line)
+    named = {clause["class"] for clause in line["include"]}
+    more = rng.choice([name for name in shapes.CLASSES if name not in named])
+    other["include"].insert(len(other["include"]) - 1, {"class": more, "count": 1})
+    return other
+
+
 def wrong_pictures(lines, change, rng):
     """Return a picture for each of the lines that its changed metadata asks for, and that is wrong
     for the line itself: uint8 (B, 3, 48, 48)."""
@@ -147,6 +156,7 @@ def look(n, clip_name, ckpt) -> dict:
         "clip": {
             "other": ranked(clip, asked, right, wrong_pictures(asked, another, rng)),
             "near": ranked(clip, asked, right, wrong_pictures(asked, nearly, rng)),
+            "more": ranked(clip, asked, right, wrong_pictures(asked, with_more, rng)),
             "drawn": ranked_drawn(clip, lines, pictures, found["exact"]),
         },
     }

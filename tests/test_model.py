@@ -317,8 +317,8 @@ def test_image_tokens_that_fill_no_square_are_refused(showo, tmp_path):
 
 def test_what_was_loaded_is_said(base):
     assert describe(*base) == (
-        "Show-o from shapes: 0.8M parameters in float32, 4 layers of 128, N 36, K 256; "
-        "MAGVIT-v2 from shapes/magvitv2: 0.8M; on cpu")
+        "Show-o from shapes: 0.9M parameters in float32, 4 layers of 128, N 36, K 256; "
+        "MAGVIT-v2 from shapes/magvitv2: 0.9M; on cpu")
 
 
 def test_the_projector_of_the_clip_variant_is_reported_and_left_out(showo, tmp_path):

