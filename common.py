@@ -70,7 +70,7 @@ def add_model_flags(add):
 
 def add_sampling_flags(add):
     """Add the settings of the sampler; add: a parser's add_argument."""
-    add("--steps", type=in_range(int, 1), help="T, iterations (default: 50; shapes 16)")
+    add("--steps", type=in_range(int, 1), help="T, iterations (default: 50; shapes 12)")
     add("--cfg", type=in_range(float, 0), help="guidance, 0 = none (default: 5; shapes 0)")
     add("--temperature", type=in_range(float, 0), default=1.0, help="of the Gumbel noise")
     add("--schedule", choices=["cosine", "linear"], default="cosine")
@@ -83,7 +83,7 @@ def add_sampling_flags(add):
 def sampling_settings(args) -> dict:
     """Return what sample.generate takes, from the flags of add_sampling_flags."""
     tiny = is_shapes(args.model)
-    T, guidance, batch = (16, 0.0, 256) if tiny else (50, 5.0, 8)
+    T, guidance, batch = (12, 0.0, 256) if tiny else (50, 5.0, 8)
     return {"T": T if args.steps is None else args.steps,
             "guidance": guidance if args.cfg is None else args.cfg,
             "batch": batch if args.batch is None else args.batch,
@@ -472,8 +472,8 @@ def draw_files(files: dict, prompts, n, draw, batch) -> int:
 def grid(images, captions, columns):
     """Return one PIL image of uint8 [B, 3, H, W], a caption (or "") under each.
 
-    Small pictures are enlarged to about 128 pixels."""
-    scale = max(1, 128 // images.shape[-1])
+    Small pictures are enlarged to about 144 pixels."""
+    scale = max(1, 144 // images.shape[-1])
     height, width = (side * scale for side in images.shape[-2:])
     text_height = 28 if any(captions) else 0
     font = ImageFont.load_default(size=11)

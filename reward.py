@@ -7,7 +7,8 @@
     python reward.py --reward clip,hpsv2,imagereward --images DIR --prompts FILE
 
 A part of the sum is NAME[:ARGUMENT][:WEIGHT]:
-    clip[:ID|MODEL/PRETRAINED]      logits_per_image of open_clip (default: the paper's reward)
+    clip[:ID|MODEL/PRETRAINED]      logits_per_image of open_clip (default: the paper's reward);
+                                    shapes/clip is a tiny one for --model shapes
     hpsv2[:v2.0|v2.1|FILE]          HPSv2's cosine, not times 100 (tgxs002/HPSv2 img_score.py)
     pickscore[:ID]                  PickScore / 26 (yifan123/flow_grpo pickscore_scorer.py)
     imagereward[:ID|FILE]           ImageReward-v1.0 (THUDM/ImageReward)

@@ -1,14 +1,17 @@
 """The embedded default: a small synthetic world in GenEval's image, its prompts and its detector.
 
-Pictures are 32 x 32, a 4 x 4 lattice of 8-pixel cells, at most one object (8 classes x 5 colours)
-per cell, on one of three backgrounds. Prompts and metadata have GenEval's form, and its six
-families. The detector is exact: every cell is compared with a template of everything it could show.
+Pictures are 48 x 48, a 6 x 6 lattice of 8-pixel cells. A cell holds an object (8 classes x 5
+colours) on a white tile, or ground: one of 216 textures, drawn at random, so that a token of ground
+is no surer than one of an object. Each of the 256 things that a cell can show has a code of its
+own. Prompts and metadata have GenEval's form, and its six families. The detector is exact: every
+cell is compared with a template of everything it could show.
 
     prompts("eval")                           the 63 held-out prompts, with metadata
     image, objects = render(line, rng)        a picture of just what one of them asks
     detect(images)                            boxes and colours, for eval_geneval.score
 
-The folder shapes/ holds the tiny Show-o that draws this world, and pretrain.py, which made it.
+The folder shapes/ holds the tiny Show-o that draws this world, a tiny CLIP that judges it, and
+pretrain.py, which made both.
 """
 import itertools
 import math
@@ -18,7 +21,7 @@ import torch
 
 from checkpoint import InputError
 
-CELL, GRID = 8, 4
+CELL, GRID = 8, 6
 COLOURS = {
     "red": (220, 40, 40),
     "yellow": (240, 190, 30),
@@ -26,7 +29,9 @@ COLOURS = {
     "blue": (50, 80, 220),
     "black": (30, 30, 30),
 }
-BACKGROUNDS = ((235, 235, 235), (250, 238, 210), (200, 225, 240))
+TINTS = ((225, 225, 225), (250, 232, 200), (200, 225, 245), (215, 240, 205), (245, 212, 220),
+         (225, 212, 245), (205, 238, 235), (240, 240, 190))
+SHADE = 45          # how much darker the pattern of a texture is than its tint
 
 # 7 x 7 pixels, one hexadecimal number a row
 GLYPHS = {
@@ -151,25 +156,59 @@ def prompts(split: str, n: int = 1200) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------- pictures
 
-def _mask(glyph):
-    rows = [int(row, 16) for row in glyph.split()]
-    return [[row >> (6 - x) & 1 for x in range(7)] for row in rows]
+LABELS = list(itertools.product(CLASSES, COLOURS))      # 40 objects: codes 0-39
+CODES = 256         # and patterns 5 to 31 in 8 tints: codes 40-255, 8 * pattern + tint
 
 
-MASKS = torch.tensor([_mask(glyph) for glyph in GLYPHS.values()], dtype=torch.bool)     # (8, 7, 7)
+def _glyph(rows):
+    """Return the pixels of hexadecimal rows, Bool (7, 7)."""
+    rows = [int(row, 16) for row in rows.split()]
+    return torch.tensor([[row >> (6 - x) & 1 for x in range(7)] for row in rows]).bool()
 
 
-def paint(objects: dict, background: int) -> torch.Tensor:
-    """Paint objects {(row, column): (class, colour)} on a background -> uint8 (3, 32, 32)."""
-    ground = torch.tensor(BACKGROUNDS[background], dtype=torch.uint8)
-    image = ground[:, None, None].repeat(1, GRID * CELL, GRID * CELL)
-    for (row, column), (name, colour) in objects.items():
+def _pattern(p):
+    """Return stripes or checks of 2 x 2 pixels, Bool (8, 8): a word of the Reed-Muller code (1, 4).
+
+    The 32 words differ in half of their pixels at least, so that none is nearly another one.
+    """
+    blocks = [[(p & (16 | 4 * y | x)).bit_count() & 1 for x in range(4)] for y in range(4)]
+    return torch.tensor(blocks).bool().repeat_interleave(2, 0).repeat_interleave(2, 1)
+
+
+def _cells():
+    """Return what a cell shows for every code, uint8 (256, 3, 8, 8)."""
+    cells = torch.full((CODES, 3, CELL, CELL), 255, dtype=torch.uint8)
+    for code, (name, colour) in enumerate(LABELS):
         # the first row and column of a cell stay free
-        y, x = row * CELL + 1, column * CELL + 1
-        patch = image[:, y:y + 7, x:x + 7]
-        pixel = torch.tensor(COLOURS[colour], dtype=torch.uint8)
-        patch[:, MASKS[CLASSES.index(name)]] = pixel[:, None]
-    return image
+        pixel = torch.tensor(COLOURS[colour], dtype=torch.uint8)[:, None, None]
+        cells[code, :, 1:, 1:] = torch.where(_glyph(GLYPHS[name]), pixel, 255)
+    for code in range(len(LABELS), CODES):
+        pattern, tint = divmod(code, len(TINTS))
+        tint = torch.tensor(TINTS[tint], dtype=torch.uint8)[:, None, None]
+        cells[code] = torch.where(_pattern(pattern), tint - SHADE, tint)
+    return cells
+
+
+TEMPLATES = _cells()
+
+
+def assemble(codes: torch.Tensor) -> torch.Tensor:
+    """Paint codes Long [B, 36], row by row -> uint8 [B, 3, 48, 48]."""
+    cells = TEMPLATES[codes].unflatten(1, (GRID, GRID))             # (B, 6, 6, 3, 8, 8)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(codes), 3, GRID * CELL, GRID * CELL)
+
+
+def codes_of(objects: dict, rng: random.Random) -> list[int]:
+    """Return 36 codes: objects {(row, column): (class, colour)}, and ground drawn at random."""
+    codes = [rng.randrange(len(LABELS), CODES) for _ in range(GRID ** 2)]
+    for (row, column), label in objects.items():
+        codes[row * GRID + column] = LABELS.index(label)
+    return codes
+
+
+def paint(objects: dict, seed: int) -> torch.Tensor:
+    """Paint objects on ground that the seed draws -> uint8 (3, 48, 48)."""
+    return assemble(torch.tensor([codes_of(objects, random.Random(seed))]))[0]
 
 
 def _stands(relation, dy, dx):
@@ -182,10 +221,10 @@ def _stands(relation, dy, dx):
     }[relation]
 
 
-def render(metadata: dict, rng: random.Random) -> tuple[torch.Tensor, dict]:
-    """Draw a picture of just what the metadata asks -> (uint8 (3, 32, 32), objects as in paint).
+def arrange(metadata: dict, rng: random.Random) -> dict:
+    """Return objects {(row, column): (class, colour)}, just those that the metadata asks for.
 
-    Places, the background and colours that are not asked for are left to chance.
+    Places, and colours that are not asked for, are left to chance.
     """
     cells = list(itertools.product(range(GRID), repeat=2))
     wanted = [clause for clause in metadata["include"] for _ in range(clause["count"])]
@@ -200,52 +239,36 @@ def render(metadata: dict, rng: random.Random) -> tuple[torch.Tensor, dict]:
     for place, clause in zip(places, wanted, strict=True):
         colour = clause.get("color") or rng.choice(list(COLOURS))
         objects[place] = clause["class"], colour
-    return paint(objects, rng.randrange(len(BACKGROUNDS))), objects
+    return objects
+
+
+def render(metadata: dict, rng: random.Random) -> tuple[torch.Tensor, dict]:
+    """Draw a picture of just what the metadata asks -> (uint8 (3, 48, 48), its objects)."""
+    objects = arrange(metadata, rng)
+    return paint(objects, rng.getrandbits(32)), objects
 
 
 # ---------------------------------------------------------------------------------------- detector
 
-LABELS = list(itertools.product(CLASSES, COLOURS))      # 40 objects; label 40 is an empty cell
-
-
-def _templates():
-    """Return every object on every background, then the empty cells.
-
-    Pixels Float (123, 192); label and code Long (123,).
-    """
-    n = len(BACKGROUNDS)
-    cells = [paint({(0, 0): label}, b) for label in LABELS for b in range(n)]
-    cells += [paint({}, b) for b in range(n)]
-    templates = torch.stack(cells)[:, :, :CELL, :CELL].flatten(1).float()
-
-    # an object's code is the same on all backgrounds, an empty cell's tells the background
-    label = torch.arange(len(LABELS)).repeat_interleave(n)
-    empty = torch.full((n,), len(LABELS))
-    return templates, torch.cat([label, empty]), torch.cat([label, empty + torch.arange(n)])
-
-
-TEMPLATES, TEMPLATE_LABEL, TEMPLATE_CODE = _templates()
-
-
 def distances(images: torch.Tensor) -> torch.Tensor:
-    """Return the squared distance of every cell, row by row, to every template.
+    """Return the squared distance of every cell, row by row, to the template of every code.
 
-    images uint8 [B, 3, 32, 32] -> Float [B * 16, 123].
+    images uint8 [B, 3, 48, 48] -> Float [B * 36, 256].
     """
     cells = images.float().cpu().unflatten(3, (GRID, CELL)).unflatten(2, (GRID, CELL))
-    cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(3)          # (B, 4, 4, 192)
-    return torch.cdist(cells.flatten(0, 2), TEMPLATES).square()
+    cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(3)          # (B, 6, 6, 192)
+    return torch.cdist(cells.flatten(0, 2), TEMPLATES.flatten(1).float()).square()
 
 
 def detect(images: torch.Tensor, lines=None) -> list[tuple[dict, dict]]:
     """Find the objects of every picture.
 
-    images uint8 [B, 3, 32, 32] -> per picture boxes {class: [[x1, y1, x2, y2, score], ...]}, in
+    images uint8 [B, 3, 48, 48] -> per picture boxes {class: [[x1, y1, x2, y2, score], ...]}, in
     pixels and in ascending score, and colours {class: [...]}, in the order in which
     eval_geneval.filter_detections keeps the boxes. lines, GenEval's metadata, is not needed here.
 
     A cell is the object whose template is nearest. Its score is 1 - d(nearest) / d(nearest of any
-    other object or of an empty cell), d being the squared distance: 1 for a perfect drawing, 0
+    other object or of ground), d being the squared distance: 1 for a perfect drawing, 0
     halfway. Raises InputError for pictures of another size.
     """
     side = CELL * GRID
@@ -255,9 +278,8 @@ def detect(images: torch.Tensor, lines=None) -> list[tuple[dict, dict]]:
                          f"not {width} x {height}")
 
     d = distances(images)
-    nearest = torch.full((len(d), len(LABELS) + 1), math.inf)
-    label = TEMPLATE_LABEL.expand(len(d), -1)
-    nearest = nearest.scatter_reduce(1, label, d, "amin")       # (B * 16, 41)
+    objects, ground = d[:, :len(LABELS)], d[:, len(LABELS):]
+    nearest = torch.cat([objects, ground.amin(1, keepdim=True)], 1)     # (B * 36, 41)
     two, labels = nearest.topk(2, 1, largest=False)
     scores = 1 - two[:, 0] / two[:, 1].clamp(min=1e-6)
 

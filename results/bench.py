@@ -45,7 +45,7 @@ from train import move_log_prob  # noqa: E402
 # Phi's sizes, then Show-o's: text vocabulary, K, N, and T and G of the run they stand for
 SIZES = {
     "shapes": (dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-                    num_attention_heads=4), 35, 64, 16, 16, 8),
+                    num_attention_heads=4), 35, 256, 36, 12, 8),
     "small": (dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
                    num_attention_heads=8), 50295, 8192, 256, 18, 6),
     "showo-256": ({}, 50295, 8192, 256, 50, 6),

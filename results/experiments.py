@@ -382,16 +382,15 @@ def look(args):
     factors, and the norm of the gradient that each sends to the weights when pictures are weighed
     by a random sign, as advantages do.
     """
-    from model import load_models, to_uint8
+    from model import load_models
     from sample import rollout, transition_log_prob
-    B, T = 96, 16
-    showo, magvit = load_models("shapes")
+    B, T = 96, 12
+    showo, _ = load_models("shapes")
     prompt = showo.encode([line["prompt"] for line in shapes.prompts("train", B)])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         traj = rollout(showo.policy(prompt), B, showo.N, showo.K, T, generator=generator)
-        cells = shapes.distances(to_uint8(magvit.decode(traj.codes))).argmin(1).view(B, showo.N)
-    shows_object = shapes.TEMPLATE_LABEL[cells] < len(shapes.LABELS)
+    shows_object = traj.codes < len(shapes.LABELS)
     signs = torch.randint(2, (B,), generator=generator) * 2.0 - 1
     rows = []
     for t in range(T):

@@ -1,11 +1,14 @@
-"""Make the tiny base of --model shapes: word tokenizer, image tokenizer and transformer.
+"""Make the tiny base of --model shapes, and the tiny CLIP that judges its pictures.
 
-    python shapes/pretrain.py --out shapes          # from a seed; about 25 minutes on 2 CPU cores
+    python shapes/pretrain.py --out shapes          # from a seed; about XX minutes on 2 CPU cores
+    python train.py --model shapes --reward clip:shapes/clip
 
-The base learns from captions of which a share belongs to another picture of the same family, as
-captions found on the web often do: it can draw everything, and often draws something else than
-asked. That is what RL then mends. The weights that lie here were made at commit c48f290, whose GELU
-was another kernel: made again, they differ by rounding, which training then spreads.
+The base is a word tokenizer, an image tokenizer and a transformer. It learns from captions of which
+a share belongs to another picture of the same family, as captions found on the web often do: it can
+draw everything, and often draws something else than asked. That is what RL then mends.
+
+The CLIP has open_clip's architecture and its local folder. It learns from right captions of
+pictures that show nothing else, and so has never seen what a policy can draw besides.
 """
 import concurrent.futures
 import math
@@ -17,18 +20,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import shapes  # noqa: E402
+from checkpoint import write_json  # noqa: E402
 from common import Parser, in_range, run  # noqa: E402
 from model import SPECIALS, MAGVITv2, Prompt, Showo  # noqa: E402
+from reward import prepare  # noqa: E402
 
 GRID, CELL = shapes.GRID, shapes.CELL
 CELLS = GRID ** 2
-BITS = 6            # of a code: 40 objects and 3 empty cells fit into 64
+OBJECTS = len(shapes.LABELS)
+BITS = 8            # of a code: 40 objects and 216 textures are 256
 
 
 def word_tokenizer():
@@ -44,7 +51,7 @@ def word_tokenizer():
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
-        unk_token="<|unk|>")
+        pad_token="<|endoftext|>", unk_token="<|unk|>")
 
 
 def one_cycle(optimizer, lr, steps, warmup):
@@ -57,73 +64,70 @@ def one_cycle(optimizer, lr, steps, warmup):
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=warmup)
 
 
-def take_step(model, loss, optimizer, schedule):
-    """Take one optimizer step down the loss, with the gradient's norm cut at 1."""
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
+def descend(name, model, loss_at, steps, lr, decay=0.05):
+    """Train a model in place: AdamW down loss_at(step), the gradient's norm cut at 1."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98),
+                                  weight_decay=decay)
+    schedule = one_cycle(optimizer, lr, steps, warmup=0.05)
+    start, running = time.time(), None
+    for step in range(steps):
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"{name} {step:5d}/{steps} loss {running:.4f} {time.time() - start:.0f} s",
+                  flush=True)
+    model.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------- the image tokenizer
 
-def crowd(rng, B):
-    """Draw B pictures with objects all over, half of them sparse.
-
-    -> uint8 (B, 3, 32, 32), and the template of each cell, Long (B, 16).
-    """
-    shares = [rng.choice((0.15, 0.7)) for _ in range(B)]
-    grounds = [rng.randrange(len(shapes.BACKGROUNDS)) for _ in range(B)]
-    empty, n = len(shapes.LABELS), len(shapes.BACKGROUNDS)
-    labels = [
-        [rng.randrange(empty) if rng.random() < share else empty for _ in range(CELLS)]
-        for share in shares
-    ]
-    template = torch.tensor(labels) * n + torch.tensor(grounds)[:, None]            # (B, 16)
-    cells = shapes.TEMPLATES[template].view(B, GRID, GRID, 3, CELL, CELL)
-    pictures = cells.permute(0, 3, 1, 4, 2, 5).reshape(B, 3, GRID * CELL, GRID * CELL)
-    return pictures, template
+def crowd(B):
+    """Draw B pictures with objects all over, half of them few -> codes Long (B, 36)."""
+    share = torch.tensor([0.06, 0.3])[torch.randint(2, (B, 1))]
+    return torch.where(torch.rand(B, CELLS) < share, torch.randint(OBJECTS, (B, CELLS)),
+                       torch.randint(OBJECTS, shapes.CODES, (B, CELLS)))
 
 
-def pretrain_tokenizer(steps, seed, *, batch=64, lr=2e-3) -> MAGVITv2:
-    """Train a MAGVITv2 whose 6 bits number the world's objects and grounds.
+def pretrain_tokenizer(steps, seed, *, batch=8, lr=3e-3) -> MAGVITv2:
+    """Train a MAGVITv2 whose 8 bits number the world's objects and textures.
 
     Loss: squared error of the pictures, and logistic loss of the bits.
     """
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    size = dict(ch=32, ch_mult=[1, 1, 2, 4], z_channels=BITS)
+    size = dict(ch=32, ch_mult=[1, 1, 2, 2], z_channels=BITS)
     model = MAGVITv2(encoder=dict(size, num_res_blocks=[0, 0, 1, 1]),
-                     decoder=dict(size, num_res_blocks=[0, 1, 1, 1]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = one_cycle(optimizer, lr, steps, warmup=0.1)
-    for step in range(steps):
-        pictures, template = crowd(rng, batch)
-        codes = shapes.TEMPLATE_CODE[template]                                  # (B, 16)
-        signs = model.quantize.embedding[codes]                                 # (B, 16, 6), +-1
+                     decoder=dict(size, num_res_blocks=[0, 1, 1, 2]))
+
+    def loss_at(step):
+        codes = crowd(batch)                                                    # (B, 36)
+        pictures = shapes.scaled(shapes.assemble(codes))
+        signs = model.quantize.embedding[codes]                                 # (B, 36, 8), +-1
         signs = signs.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
-        bits = F.softplus(-signs * model.encoder(shapes.scaled(pictures))).mean()
-        mse = F.mse_loss(model.decoder(signs), shapes.scaled(pictures))
-        take_step(model, bits + mse, optimizer, schedule)
-        if step % 100 == 0 or step == steps - 1:
-            print(f"tokenizer {step:5d}/{steps} mse {mse.item():.5f} bits {bits.item():.5f}",
-                  flush=True)
-    return model.eval().requires_grad_(False)
+        bits = F.softplus(-signs * model.encoder(pictures)).mean()
+        return bits + F.mse_loss(model.decoder(signs), pictures)
+    descend("tokenizer", model, loss_at, steps, lr, decay=1e-4)
+    return model
 
 
 # -------------------------------------------------------------------------------- the transformer
 
 def lessons(n, rng):
-    """Draw n captioned pictures -> captions list[str], family Long (n,), codes Long (n, 16)."""
+    """Draw n captioned pictures -> captions list[str], family Long (n,), codes Long (n, 36)."""
     lines = shapes.prompts("all", n)
-    templates = []
-    for i in range(0, n, 256):
-        pictures = torch.stack([shapes.render(line, rng)[0] for line in lines[i:i + 256]])
-        templates.append(shapes.distances(pictures).argmin(1))
+    codes = torch.tensor([shapes.codes_of(shapes.arrange(line, rng), rng) for line in lines])
     family = torch.tensor([list(shapes.FAMILIES).index(line["tag"]) for line in lines])
-    codes = shapes.TEMPLATE_CODE[torch.cat(templates)].view(n, CELLS)
     return [line["prompt"] for line in lines], family, codes
+
+
+def other_ground(codes):
+    """Return codes (B, 36) with all textures drawn anew: they are in no picture for a reason."""
+    textures = torch.randint(OBJECTS, shapes.CODES, codes.shape)
+    return torch.where(codes < OBJECTS, codes, textures)
 
 
 def new_showo(hidden, layers) -> Showo:
@@ -143,20 +147,30 @@ def new_showo(hidden, layers) -> Showo:
 
 
 def masks(codes):
-    """Choose the tokens to predict, Bool as codes (B, 16): a share cos(pi u / 2) of each picture.
+    """Choose the tokens to predict, Bool as codes (B, 36): a share cos(pi u / 2) of each picture.
 
-    Half of the masks cover the objects first, with a share u. Such states are common when sampling,
-    where empty cells, which are sure, go first.
+    A quarter of the masks cover the objects first, with a share u: states in which ground went
+    first, of which uniform masks make few.
     """
     B, N = codes.shape
-    u, cover = torch.rand(B, 1), torch.rand(B, 1) < 0.5
+    u, cover = torch.rand(B, 1), torch.rand(B, 1) < 0.25
     share = torch.where(cover, u, torch.cos(u * math.pi / 2))
-    is_object = codes < len(shapes.LABELS)
-    first = torch.rand(B, N) - (cover & is_object).float()
+    first = torch.rand(B, N) - (cover & (codes < OBJECTS)).float()
     return first.argsort(1).argsort(1) < (share * N).round().clamp(min=1)
 
 
-def pretrain_base(steps, seed, *, pool=30000, batch=64, lr=2e-3, clean=0.75, wrong=0.5,
+def token_loss(logits, codes):
+    """Return the cross-entropy of tokens (M,), that of ground averaged over all textures.
+
+    Which texture a picture has is chance: the mean over all has the same expected gradient, and
+    none of its noise.
+    """
+    logp = logits.log_softmax(-1)                                               # (M, 256)
+    own = logp.gather(1, codes[:, None])[:, 0]
+    return -torch.where(codes < OBJECTS, own, logp[:, OBJECTS:].mean(1)).mean()
+
+
+def pretrain_base(steps, seed, *, pool=60000, batch=64, lr=2e-3, clean=0.75, wrong=0.55,
                   hidden=128, layers=4) -> Showo:
     """Train Show-o's masked-token prediction: cross-entropy on the masked tokens of pictures.
 
@@ -168,45 +182,91 @@ def pretrain_base(steps, seed, *, pool=30000, batch=64, lr=2e-3, clean=0.75, wro
     captions, family, codes = lessons(pool, random.Random(seed))
     ids, empty = model.encode(captions).ids, model.encode([""]).ids
     members = [(family == f).nonzero()[:, 0] for f in range(len(shapes.FAMILIES))]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = one_cycle(optimizer, lr, steps, warmup=0.05)
-    start, running = time.time(), None
-    for step in range(steps):
+
+    def loss_at(step):
         row = torch.randint(pool, (batch,))
         others = [members[f][torch.randint(len(members[f]), ())] for f in family[row]]
         exchanged = torch.rand(batch) < (wrong if step >= clean * steps else 0)
         told = torch.where(exchanged, torch.stack(others), row)
         text = torch.where(torch.rand(batch, 1) < 0.1, empty, ids[told])
-        masked = masks(codes[row])
-        logits = model.logits(torch.where(masked, model.K, codes[row]),
+        drawn = other_ground(codes[row])                                        # (B, 36)
+        masked = masks(drawn)
+        logits = model.logits(torch.where(masked, model.K, drawn),
                               Prompt(text, text != model.pad, torch.arange(batch)))
-        loss = F.cross_entropy(logits[masked], codes[row][masked])
-        take_step(model, loss, optimizer, schedule)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"base {step:5d}/{steps} loss {running:.4f} {time.time() - start:.0f} s",
-                  flush=True)
-    return model.eval()
+        return token_loss(logits[masked], drawn[masked])
+    descend("base", model, loss_at, steps, lr)
+    return model
+
+
+# -------------------------------------------------------------------------------- CLIP
+
+CLIP = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": GRID * CELL, "patch_size": CELL, "width": 96, "layers": 3,
+                   "head_width": 32},
+    # causal: the last place, which is padding, sees all of the text
+    "text_cfg": {"context_length": 12, "vocab_size": len(word_tokenizer()), "width": 96,
+                 "heads": 3, "layers": 3, "pool_type": "last", "hf_tokenizer_name": "shapes"},
+}
+
+
+def pretrain_clip(steps, seed, *, pool=60000, batch=128, lr=1e-3):
+    """Train open_clip's CLIP with its own loss on pictures and right captions of the world."""
+    import open_clip
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**CLIP)
+    captions, _, codes = lessons(pool, random.Random(seed + 1))
+    tokens = word_tokenizer()(captions, padding="max_length", return_tensors="pt",
+                              max_length=CLIP["text_cfg"]["context_length"])["input_ids"]
+
+    def loss_at(step):
+        row = torch.randint(pool, (batch,))
+        pixels = prepare(shapes.assemble(other_ground(codes[row])), GRID * CELL)
+        return open_clip.ClipLoss()(*model(pixels, tokens[row]))
+    descend("clip", model, loss_at, steps, lr)
+    return model
+
+
+def save_clip(model, folder):
+    """Write open_clip's local folder: config, weights in half precision, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "open_clip_config.json", {"model_cfg": CLIP})
+    state = {name: weight.half().contiguous() for name, weight in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    word_tokenizer().save_pretrained(folder)
+
+
+def make_tokenizer(steps, seed, folder):
+    """Train and save the image tokenizer."""
+    pretrain_tokenizer(steps, seed).save(folder, torch.float16)
+
+
+def make_clip(steps, seed, pool, folder):
+    """Train and save the CLIP."""
+    save_clip(pretrain_clip(steps, seed, pool=pool), folder)
 
 
 def main():
-    p = Parser("Make the tiny base of --model shapes: its image tokenizer and its transformer, "
-               "at once, a thread each.")
-    p.add_argument("--out", default=str(HERE), help="folder; the tokenizer goes to OUT/magvitv2")
+    p = Parser("Make the tiny base of --model shapes, its transformer in one process, its image "
+               "tokenizer and the tiny CLIP in another, a thread each.")
+    p.add_argument("--out", default=str(HERE), help="folder; OUT/magvitv2 and OUT/clip are made")
     p.add_argument("--seed", type=in_range(int, 0), default=0)
-    p.add_argument("--steps", type=in_range(int, 1), default=5000)
-    p.add_argument("--tokenizer-steps", type=in_range(int, 1), default=2400)
-    p.add_argument("--pool", type=in_range(int, 100), default=30000, help="captioned pictures")
+    p.add_argument("--steps", type=in_range(int, 1), default=1800)
+    p.add_argument("--tokenizer-steps", type=in_range(int, 1), default=5000)
+    p.add_argument("--clip-steps", type=in_range(int, 1), default=1400)
+    p.add_argument("--pool", type=in_range(int, 100), default=60000, help="captioned pictures")
     args = p.parse_args()
 
     # the sums, and so the weights, must not depend on the number of cores
     torch.set_num_threads(1)
-    spawn = multiprocessing.get_context("spawn")
+    out, spawn = Path(args.out), multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
             1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        magvit = pool.submit(pretrain_tokenizer, args.tokenizer_steps, args.seed)
+        others = [pool.submit(make_tokenizer, args.tokenizer_steps, args.seed, out / "magvitv2"),
+                  pool.submit(make_clip, args.clip_steps, args.seed, args.pool, out / "clip")]
         pretrain_base(args.steps, args.seed, pool=args.pool).save(args.out)
-        magvit.result().save(Path(args.out) / "magvitv2", torch.float16)
+        for other in others:
+            other.result()
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_settings_of_the_sampler_depend_on_the_model():
     assert common.sampling_settings(p.parse_args([])) == {
         "T": 50, "guidance": 5.0, "batch": 8, **how}
     assert common.sampling_settings(p.parse_args(["--model", "shapes"])) == {
-        "T": 16, "guidance": 0.0, "batch": 256, **how}
+        "T": 12, "guidance": 0.0, "batch": 256, **how}
     given = ["--model", "shapes", "--steps", "3", "--cfg", "1", "--batch", "2",
              "--temperature", "0", "--schedule", "linear", "--annealing", "none"]
     assert common.sampling_settings(p.parse_args(given)) == {

@@ -292,7 +292,7 @@ def test_scoring_a_folder(tmp_path, capsys):
         return eval_geneval.score_folder(tmp_path, shapes.detect, batch, rank, world)
 
     draw(tmp_path)
-    Image.new("RGB", (32, 32)).save(tmp_path / "00002/samples/0001.png")
+    Image.new("RGB", (48, 48)).save(tmp_path / "00002/samples/0001.png")
     Image.new("RGB", (40, 40)).save(tmp_path / "00002/samples/grid.png")        # ignored
     rows = sorted(score(3, 0, 2) + score(5, 1, 2), key=lambda row: row["filename"])
     assert rows == score()
@@ -320,7 +320,7 @@ def test_scoring_a_folder(tmp_path, capsys):
         f.unlink()
     with pytest.raises(InputError, match="00001/samples: holds no picture"):
         score()
-    with pytest.raises(InputError, match="pictures of 32 x 32, not 40 x 40"):
+    with pytest.raises(InputError, match="pictures of 48 x 48, not 40 x 40"):
         shapes.detect(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
     (tmp_path / "00001/metadata.jsonl").write_text("{}")
     with pytest.raises(InputError, match="lacks GenEval metadata"):

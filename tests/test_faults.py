@@ -110,8 +110,8 @@ def refused(*flags, **environment):
 
 def pretrained(out):
     """Make a base in three steps -> lines of error."""
-    job = start(ROOT / "shapes/pretrain.py", "--steps", 2, "--tokenizer-steps", 1, "--pool", 100,
-                "--out", out)
+    job = start(ROOT / "shapes/pretrain.py", "--steps", 2, "--tokenizer-steps", 1,
+                "--clip-steps", 1, "--pool", 100, "--out", out)
     _, errors = end(job)
     assert job.returncode == 0, errors[-3000:]
     return errors
@@ -240,7 +240,8 @@ def test_a_policy_that_diverges_is_not_saved_and_the_run_can_go_back(call, tmp_p
 def another_model(tmp_path, monkeypatch):
     """Flags of a model that is not shapes by name; shapes' detector judges its GenEval reward."""
     folder = tmp_path / "other"
-    shutil.copytree(ROOT / "shapes", folder, ignore=shutil.ignore_patterns("magvitv2", "*.py"))
+    ignore = shutil.ignore_patterns("magvitv2", "clip", "*.py")
+    shutil.copytree(ROOT / "shapes", folder, ignore=ignore)
     config = checkpoint.read_json(folder / "config.json") | {"llm_model_path": "microsoft/phi-1_5"}
     checkpoint.write_json(folder / "config.json", config)
 

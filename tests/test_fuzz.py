@@ -504,7 +504,7 @@ def test_old_pickles_do_not_run(call, tmp_path):
 def model_folder(folder, without=()):
     """Copy the tiny base, without some of its files."""
     shutil.copytree(ROOT / "shapes", folder,
-                    ignore=shutil.ignore_patterns("magvitv2", "__pycache__", *without))
+                    ignore=shutil.ignore_patterns("magvitv2", "clip", "__pycache__", *without))
     return folder
 
 
@@ -731,7 +731,7 @@ PICTURES = {
     "two colours": (png(PICTURE.convert("1")), None),
     "palette": (png(PICTURE.convert("P")), None),
     "transparent": (png(PICTURE.convert("RGBA")), None),
-    "16 bits": (png(Image.fromarray(np.full((32, 32), 60_000, np.uint16))), None),
+    "16 bits": (png(Image.fromarray(np.full((48, 48), 60_000, np.uint16))), None),
     "a JPEG in CMYK": (png(PICTURE.convert("CMYK"), format="JPEG"), None),
     "a GIF": (png(PICTURE, format="GIF"), None),
     "bytes after the end": (png(PICTURE) + b"\0" * 100, None),
@@ -756,7 +756,7 @@ PICTURES = {
     "exif orientation 99": (with_chunk(
         b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0"), None),
     "profile of noise": (with_chunk(b"iCCP", b"x\0\0" + noise(b"")), None),
-    "another size": (png(PICTURE.resize((40, 32))), "judges pictures of 32 x 32, not 40 x 32")}
+    "another size": (png(PICTURE.resize((40, 48))), "judges pictures of 48 x 48, not 40 x 48")}
 
 
 @pytest.mark.parametrize("data, expected", cases(PICTURES))

@@ -329,7 +329,7 @@ def test_a_codebook_need_not_be_a_power_of_two(showo, tmp_path):
     with pytest.raises(InputError, match="codebook_size 48 is no power of two"):
         load_showo(tmp_path / "bare.safetensors", tokenizer=TOKENIZER)
     (tmp_path / "other.json").rename(tmp_path / "config.json")
-    with pytest.raises(InputError, match="--vq shapes/magvitv2: has 64 codes, but .* 48"):
+    with pytest.raises(InputError, match="--vq shapes/magvitv2: has 256 codes, but .* 48"):
         load_models(tmp_path, vq="shapes/magvitv2")
 
 
@@ -341,8 +341,8 @@ def test_image_tokens_that_fill_no_square_are_refused(showo, tmp_path):
 
 def test_what_was_loaded_is_said(base):
     assert describe(*base) == (
-        "Show-o from shapes: 0.8M parameters in float32, 4 layers of 128, N 16, K 64; "
-        "MAGVIT-v2 from shapes/magvitv2: 2.3M; on cpu")
+        "Show-o from shapes: 0.9M parameters in float32, 4 layers of 128, N 36, K 256; "
+        "MAGVIT-v2 from shapes/magvitv2: 0.9M; on cpu")
 
 
 def test_the_projector_of_the_clip_variant_is_reported_and_left_out(showo, tmp_path):

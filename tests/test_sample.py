@@ -548,7 +548,7 @@ def test_pictures_do_not_depend_on_the_batch(base):
     prompts = ["a photo of a red circle", "a photo of two stars", "a photo of a moon"]
     how = dict(n=2, T=8, guidance=0.0)
     one, many = (generate(*base, prompts, seeds=[3, 4, 5], batch=b, **how) for b in (2, 64))
-    assert one.shape == (6, 3, 32, 32) and one.dtype == torch.uint8
+    assert one.shape == (6, 3, 48, 48) and one.dtype == torch.uint8
     assert (one.int() - many.int()).abs().max() <= 1
     alone = generate(*base, prompts[1:2], seeds=[4], **how)
     assert (alone.int() - many[2:4].int()).abs().max() <= 1
@@ -566,10 +566,10 @@ def draw(monkeypatch, capsys, *flags):
 def test_the_command_says_what_it_loaded_and_writes_a_png(monkeypatch, tmp_path, capsys):
     said = draw(monkeypatch, capsys, "--dtype", "bf16", "--prompt", "a photo of a star",
                 "--out", tmp_path / "x.png")
-    assert said[0] == ("Show-o from shapes: 0.8M parameters in bfloat16, 4 layers of 128, N 16, "
-                       "K 64; MAGVIT-v2 from shapes/magvitv2: 2.3M; on cpu")
+    assert said[0] == ("Show-o from shapes: 0.9M parameters in bfloat16, 4 layers of 128, N 36, "
+                       "K 256; MAGVIT-v2 from shapes/magvitv2: 0.9M; on cpu")
     assert said[-1] == f"1 pictures of 1 prompts in {tmp_path / 'x.png'}"
-    assert Image.open(tmp_path / "x.png").size == (32, 32)
+    assert Image.open(tmp_path / "x.png").size == (48, 48)
 
 
 @pytest.mark.parametrize("prompts, n, columns, rows", [(1, 4, 2, 2), (1, 3, 2, 2), (3, 2, 2, 3),
@@ -581,7 +581,7 @@ def test_several_pictures_are_a_grid(monkeypatch, tmp_path, capsys, prompts, n, 
     said = draw(monkeypatch, capsys, "--prompt", "a moon", *flags, "--n", n, "--steps", 2,
                 "--out", tmp_path / "x.PNG")
     assert said[-1].startswith(f"{prompts * n} pictures of {prompts} prompts")
-    assert Image.open(tmp_path / "x.PNG").size == (columns * 132, rows * 160)
+    assert Image.open(tmp_path / "x.PNG").size == (columns * 148, rows * 176)
 
 
 def test_a_seed_fixes_the_picture(monkeypatch, tmp_path, capsys):

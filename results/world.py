@@ -1,0 +1,192 @@
+"""Look at the tiny world: what its base draws, in which order, and how its CLIP judges.
+
+    python results/world.py                                 # a minute or two; world.json
+    python results/world.py --ckpt runs/NAME/checkpoint-60 --json after.json
+
+base: GenEval's rule (overall), the exact rule, and objects drawn and asked for, by family; 63
+held-out prompts x --n pictures. order: the share of all tokens, and of all objects, that each
+iteration places, and the policy's entropy at the tokens that it places, in nats. clip: how often
+the CLIP ranks a right picture over a wrong one, by family. Four kinds of wrong pictures: "other",
+of another prompt of the family; "near", with one thing changed (a class, the count by one, a
+colour, the relation, colours exchanged); "more", with an object that nobody asked for; "drawn",
+what the policy draws wrong, beside what it draws right for the same prompt.
+"""
+import copy
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import shapes  # noqa: E402
+from common import Parser, in_range, run  # noqa: E402
+from eval_geneval import verdicts  # noqa: E402
+from model import load_models, to_uint8  # noqa: E402
+from reward import make_reward  # noqa: E402
+from sample import rollout  # noqa: E402
+from train import PRESETS  # noqa: E402
+
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+# ------------------------------------------------------------------------------- base and order
+
+@torch.no_grad()
+def draw(showo, lines, n, T):
+    """Draw n pictures of each prompt -> Trajectory, and Float (T,): the mean entropy of the tokens
+    that each iteration placed."""
+    prompt = showo.encode([line["prompt"] for line in lines]).repeat(n)
+    policy = showo.policy(prompt)
+    traj = rollout(policy, len(prompt), showo.N, showo.K, T,
+                   generator=torch.Generator().manual_seed(0))
+    entropy = []
+    for t in range(T):
+        logp = policy(traj.state(t, showo.K))[traj.order == t].log_softmax(-1)
+        entropy.append(-(logp.exp() * logp).sum(1).mean())
+    return traj, torch.stack(entropy)
+
+
+def by_family(values, lines) -> dict:
+    """Return the mean of values Float (B,) over each family, and the mean of these."""
+    means = {}
+    for tag in shapes.FAMILIES:
+        mine = torch.tensor([line["tag"] == tag for line in lines])
+        means[tag] = values[mine].mean().item()
+    return {"mean": sum(means.values()) / len(means), **means}
+
+
+def order_of(traj) -> dict:
+    """Return the shares of all tokens and of all objects that each iteration placed, and that the
+    first half of the iterations placed."""
+    T, is_object = traj.threshold.shape[1], traj.codes < len(shapes.LABELS)
+    out = {}
+    for name, order in (("tokens", traj.order.flatten()), ("objects", traj.order[is_object])):
+        shares = torch.bincount(order, minlength=T) / len(order)
+        out[name] = shares.tolist()
+        out[f"{name}_in_first_half"] = shares[:T // 2].sum().item()
+    return out
+
+
+# ---------------------------------------------------------------------------------------- CLIP
+
+def nearly(line, rng) -> dict:
+    """Return the metadata of a picture that is wrong by one thing."""
+    other = copy.deepcopy(line)
+    first, last = other["include"][0], other["include"][-1]
+    if line["tag"] in ("single_object", "two_object"):
+        named = {clause["class"] for clause in line["include"]}
+        last["class"] = rng.choice([name for name in shapes.CLASSES if name not in named])
+    elif line["tag"] == "counting":
+        last["count"] += rng.choice((-1, 1))
+    elif line["tag"] == "colors":
+        last["color"] = rng.choice([name for name in shapes.COLOURS if name != last["color"]])
+    elif line["tag"] == "position":
+        last["position"] = [INVERSE[last["position"][0]], 0]
+    else:
+        first["color"], last["color"] = last["color"], first["color"]
+    return other
+
+
+def with_more(line, rng) -> dict:
+    """Return the metadata of a picture that shows one object more, of a class that is not named."""
+    other = copy.deepcopy(line)
+    named = {clause["class"] for clause in line["include"]}
+    more = rng.choice([name for name in shapes.CLASSES if name not in named])
+    other["include"].insert(len(other["include"]) - 1, {"class": more, "count": 1})
+    return other
+
+
+def wrong_pictures(lines, change, rng):
+    """Return a picture for each of the lines that its changed metadata asks for, and that is wrong
+    for the line itself: uint8 (B, 3, 48, 48)."""
+    pictures = []
+    for line in lines:
+        while True:
+            picture, _ = shapes.render(change(line, rng), rng)
+            if not verdicts([line], shapes.detect(picture[None]))["exact"].item():
+                break
+        pictures.append(picture)
+    return torch.stack(pictures)
+
+
+def ranked(clip, lines, right, wrong) -> dict:
+    """Return, by family, how often the CLIP scores picture i of right over picture i of wrong."""
+    texts = [line["prompt"] for line in lines]
+    return by_family((clip(right, texts) > clip(wrong, texts)).float(), lines)
+
+
+def ranked_drawn(clip, lines, pictures, right) -> dict:
+    """Return, by family, how often the CLIP scores what was drawn right over what was drawn wrong,
+    over all such pairs of a prompt; NaN where there is none.
+
+    pictures: n of each prompt, together; right Float (B,).
+    """
+    texts = [line["prompt"] for line in lines]
+    n = len(pictures) // len(lines)
+    scores = clip(pictures, [text for text in texts for _ in range(n)]).view(-1, n)
+    right, pairs = right.view(-1, n).bool(), {tag: [] for tag in shapes.FAMILIES}
+    for line, score, ok in zip(lines, scores, right, strict=True):
+        over = score[ok][:, None] > score[~ok]
+        pairs[line["tag"]] += over.float().flatten().tolist()
+    shares = {tag: sum(won) / len(won) if won else math.nan for tag, won in pairs.items()}
+    return {"mean": sum(shares.values()) / len(shares), **shares}
+
+
+def look(n, clip_name, ckpt) -> dict:
+    """Return all numbers; see the top."""
+    showo, magvit = load_models("shapes", ckpt=ckpt)
+    clip, rng = make_reward(f"clip:{clip_name}"), random.Random(0)
+    lines = shapes.prompts("eval")
+    traj, entropy = draw(showo, lines, n, PRESETS["shapes"]["unmask_steps"])
+    pictures = to_uint8(magvit.decode(traj.codes))
+    asked = [line for line in lines for _ in range(n)]
+    found = verdicts(asked, shapes.detect(pictures))
+
+    def another(line, rng):
+        return rng.choice(rng.choice(shapes.combinations(line["tag"])))
+    right = torch.stack([shapes.render(line, rng)[0] for line in asked])
+    return {
+        "base": {name: by_family(values, asked) for name, values in found.items()},
+        "order": {**order_of(traj), "entropy": entropy.tolist()},
+        "clip": {
+            "other": ranked(clip, asked, right, wrong_pictures(asked, another, rng)),
+            "near": ranked(clip, asked, right, wrong_pictures(asked, nearly, rng)),
+            "more": ranked(clip, asked, right, wrong_pictures(asked, with_more, rng)),
+            "drawn": ranked_drawn(clip, lines, pictures, found["exact"]),
+        },
+    }
+
+
+def show(numbers):
+    """Print the numbers of look() as tables."""
+    for part in ("base", "clip"):
+        print(f"\n{part:<14}" + "".join(f"{tag:>15}" for tag in ("mean", *shapes.FAMILIES)))
+        for name, row in numbers[part].items():
+            print(f"{name:<14}" + "".join(f"{value:15.3f}" for value in row.values()))
+    order = numbers["order"]
+    print("\norder         " + "".join(f"{t:6}" for t in range(len(order["tokens"]))))
+    for name in ("tokens", "objects", "entropy"):
+        print(f"{name:<14}" + "".join(f"{value:6.2f}" for value in order[name]))
+    print(f"in the first half of the iterations: {order['tokens_in_first_half']:.2f} of all tokens,"
+          f" {order['objects_in_first_half']:.2f} of all objects")
+
+
+def main():
+    p = Parser("Look at the tiny world: its base, the order in which it draws, its CLIP.")
+    p.add_argument("--ckpt", help="a checkpoint trained from the base, in its place")
+    p.add_argument("--clip", default="shapes/clip", help="open_clip's folder")
+    p.add_argument("--n", type=in_range(int, 2), default=8, help="pictures per prompt")
+    p.add_argument("--json", type=Path, default=HERE / "world.json", help="where to write")
+    args = p.parse_args()
+    numbers = look(args.n, args.clip, args.ckpt)
+    show(numbers)
+    args.json.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
