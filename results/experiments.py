@@ -1,14 +1,16 @@
-"""Compare the paper's choices, and some beyond it, on the tiny base.
+"""The paper's tables on the tiny base, and some beyond them.
 
     python results/experiments.py run [NAME ...]    # two at a time, a core each; can be stopped
     python results/experiments.py report            # experiments/README.md, a plot of each
     python results/experiments.py look              # the two factors of Eq. 14, by iteration
+    python results/experiments.py ceiling           # what the base can draw at all: best of 64
 
 An experiment compares arms; an arm is DEFAULT with some flags of train.py exchanged, run once per
-seed. A run leaves one row in experiments/rows.jsonl: flags, seed, evaluations (GenEval's overall
-score and others, 63 held-out prompts x 8 pictures), and means over steps of what the log holds.
-Arms with the same flags share their runs. experiments/notes.md holds what was predicted and found;
-report puts tables and plots into it. Intervals are 95%, Student's t over seeds.
+seed. The reward is the tiny CLIP unless an arm says otherwise; the score is GenEval's, of 63
+held-out prompts x 8 pictures. A run leaves one row in experiments/rows.jsonl: flags, seed,
+evaluations, and means over steps of what the log holds. Arms with the same flags share their runs.
+experiments/notes.md holds what was predicted and found; report puts tables and plots into it.
+Intervals are 95%, Student's t over seeds.
 """
 import argparse
 import json
@@ -33,14 +35,12 @@ from checkpoint import read_rows  # noqa: E402
 from common import flags_line  # noqa: E402
 
 DEFAULT = dict(
-    model="shapes", steps=24, prompts_per_step=12, group_size=8, unmask_steps=16, no_kl=True,
-    filter_low=True, transition="p2", ratio="sum", inner_epochs=1, lr="7e-4", eval_every=12,
-    sample_every=0, save_every=0)
+    model="shapes", reward="clip:shapes/clip", eval_reward="clip:shapes/clip", steps=30,
+    prompts_per_step=12, group_size=8, unmask_steps=12, no_kl=True, filter_low=True,
+    transition="p2", ratio="sum", lr="7e-4", eval_every=10, sample_every=0, save_every=0)
 SEEDS = {
-    "recipe": range(4, 9),              # fresh ones, since the arms were chosen on the others
-    "epochs-again": range(4, 9),
-    "kl": range(1, 9),                  # since three told nothing
-    "filter": range(1, 9),
+    "rates": (1,),                      # only to choose the rates of "transition"
+    "recipe": range(6, 11),             # fresh ones, since the arms are chosen on the others
 }
 
 # of the log, over steps; of a few steps with far ratios a mean would tell nothing else
@@ -51,27 +51,29 @@ MEDIANS = ("ratio_max", "approx_kl")
 # half width of a 95% interval in standard errors, by number of seeds
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
-# beside the overall score; families and exact are those of the last evaluation
+# beside the overall score; all but those of MEANS and MEDIANS are of the last evaluation
+CLIP = "clip:shapes/clip"
+FAMILIES = tuple(shapes.FAMILIES)
 COLUMNS = {
-    "transition": ("exact", "objects", "reward_mean"),
-    "beyond": ("exact", "objects", "s_update"),
-    "recipe": ("exact", "objects", "s_step"),
-    "transfer": ("single_object", "two_object", "colors", "color_attr", "counting", "position"),
-    "filter": ("exact", "resampled", "adv_zero", "s_step"),
-    "reduction": ("exact", "objects", "s_update", "s_step"),
-    "kl": ("exact", "objects", "kl_ref", "s_step"),
-    "groups": ("exact", "adv_zero", "resampled"),
-    "epochs": ("exact", "clip_fraction", "ratio_max", "approx_kl"),
-    "epochs-again": ("exact", "clip_fraction", "ratio_max", "approx_kl", "s_step"),
+    "rates": ("exact", CLIP, "objects"),
+    "transition": ("exact", CLIP, "objects", "grad_norm"),
+    "kl": ("exact", CLIP, "kl_ref", "s_step"),
+    "filter": ("exact", CLIP, "resampled", "adv_zero", "s_step"),
+    "reduction": ("exact", CLIP, "objects", "s_step"),
+    "reward": ("exact", CLIP, "objects", *FAMILIES),
+    "successors": ("exact", CLIP, "objects", "s_step"),
+    "recipe": ("exact", CLIP, "objects", "s_step"),
 }
 
 
 # ----------------------------------------------------------------------------------- experiments
 
-T8 = dict(unmask_steps=8)           # several tokens move in an iteration; at T = 16 = N it is one
-FORWARD = dict(trajectory="forward")
-LONGER = dict(steps=40, eval_every=20)      # with a cheaper step, as many as take no more time
-P1_MEAN = dict(transition="p1", ratio="mean")
+KINDS, RATES = ("p2", "p1", "ar"), ("7e-4", "3.5e-4", "1.4e-3")
+FORWARD = dict(trajectory="forward", ratio="mean")
+GENEVAL = dict(reward="geneval:exact")
+# of the rates, those with the best score
+BEST = {("p2", "sum"): "7e-4", ("p2", "mean"): "7e-4", ("p1", "sum"): "7e-4",
+        ("p1", "mean"): "7e-4", ("ar", "sum"): "7e-4", ("ar", "mean"): "7e-4"}
 
 
 def part(which, k):
@@ -79,141 +81,36 @@ def part(which, k):
     return dict(loss_steps=k, loss_steps_from=which)
 
 
-def epochs(n):
-    """Return the words for n epochs."""
-    return f"{n} epoch" if n == 1 else f"{n} epochs"
-
-
-def transition_arms():
-    """Return the arms of the transition probability: name -> flags that differ from the default."""
-    rates = {
-        "p2": ("7e-4", "1.4e-3", "3.5e-4", "1.75e-4"),
-        "ar": ("7e-4", "1.4e-3", "3.5e-4", "1.75e-4"),
-        "p1": ("7e-4", "3.5e-4", "1.75e-4"),
-        "gumbel": ("7e-4", "3.5e-4"),
-    }
-    arms = {
-        f"{kind}, lr {lr}": dict(transition=kind, lr=lr) for kind in rates for lr in rates[kind]}
-    for lr in ("7e-4", "3.5e-4", "1.4e-3"):
-        arms[f"p1, ratio mean, lr {lr}"] = dict(P1_MEAN, lr=lr)
-    arms["ar, ratio mean, lr 7e-4"] = dict(transition="ar", ratio="mean")
-    return arms
-
-
-def beyond_arms():
-    """Return the arms of what goes beyond the paper: name -> flags that differ from the default."""
-    return {
-        "default": {},
-        "adv mean": dict(adv="mean"),
-        "T 8": T8,
-        "T 8, ratio mean": dict(T8, ratio="mean"),
-        "forward, all 16": FORWARD,
-        "forward, first 8": dict(FORWARD, loss_steps=8),
-        "forward, first 4": dict(FORWARD, loss_steps=4),
-        "forward, first 4, 40 steps": dict(FORWARD, **LONGER, loss_steps=4),
-        "forward, ratio mean": dict(FORWARD, ratio="mean"),
-        "p1, ratio mean": P1_MEAN,
-        "p1, ratio mean, adv mean": dict(P1_MEAN, adv="mean"),
-        "rollout, first 8": part("first", 8),
-        "rollout, first 4": part("first", 4),
-    }
-
-
-def recipe_arms():
-    """Return the arms of whole recipes: name -> flags that differ from the default."""
-    return {
-        "p2, lr 7e-4 (default)": {},
-        "p1, lr 3.5e-4 (paper)": dict(transition="p1", lr="3.5e-4"),
-        "p1, ratio mean": P1_MEAN,
-        "forward, first 4, 40 steps": dict(FORWARD, **LONGER, loss_steps=4),
-        "p2, last 4, 40 steps": dict(part("last", 4), **LONGER),
-    }
-
-
-def filter_arms():
-    """Return the arms of the sample filter: name -> flags that differ from the default."""
-    return {
-        "percentile 10": {},
-        "off": dict(filter_low=False),
-        "percentile 0": dict(filter_percentile=0),
-        "percentile 30": dict(filter_percentile=30),
-        "percentile 30, 3 tries": dict(filter_percentile=30, max_resample=3),
-    }
-
-
-def reduction_arms():
-    """Return the arms of the paper's reductions: name -> flags that differ from the default."""
-    arms = {"all 16": {}}
-    for k in (8, 4):
-        for which in ("first", "last", "random", "critical"):
-            arms[f"{which} {k}"] = part(which, k)
-    return arms | {
-        "last 4, 40 steps": dict(part("last", 4), **LONGER),
-        "p1, last 8": dict(transition="p1", **part("last", 8)),
-        "p1, ratio mean, first 8": dict(P1_MEAN, **part("first", 8)),
-        "T 8": T8,
-        "T 5": dict(unmask_steps=5),
-    }
-
-
-def kl_arms():
-    """Return the arms of the KL: name -> flags that differ from the default."""
-    arms = {}
-    for lr in ("7e-4", "1.4e-3", "2.8e-3"):
-        arms[f"beta 0, lr {lr}"] = dict(lr=lr)
-        for beta in (0.01, 0.1):
-            arms[f"beta {beta}, lr {lr}"] = dict(lr=lr, no_kl=False, kl_beta=beta)
-    return arms
-
-
-def groups_arms():
-    arms = {"G 8, 12 prompts": {}}
-    for G, P in ((4, 24), (16, 6), (32, 3)):
-        # the filter warms up for four steps in every arm
-        arms[f"G {G}, {P} prompts"] = dict(group_size=G, prompts_per_step=P, filter_warmup=4 * P)
-    return arms
-
-
-def epochs_arms():
-    """Return the arms of inner epochs: name -> flags that differ from the default."""
-    arms = {}
-    for kind in ("p2", "p1"):
-        for ratio in ("sum", "mean"):
-            for n in (1, 2, 4):
-                arms[f"{kind}, {ratio}, {epochs(n)}"] = dict(
-                    T8, transition=kind, ratio=ratio, inner_epochs=n)
-    for low, high in ((0.98, 1.02), (0, 100)):
-        arms[f"p2, sum, 4 epochs, clip {low}-{high}"] = dict(
-            T8, inner_epochs=4, clip_low=low, clip_high=high)
-    return arms
-
-
 EXPERIMENTS = {
-    "transition": transition_arms(),
-    "beyond": beyond_arms(),
-    "recipe": recipe_arms(),
-    "transfer": {"all six families": {}, "four families": dict(prompts="FOUR")},
-    "filter": filter_arms(),
-    "reduction": reduction_arms(),
-    "kl": kl_arms(),
-    "groups": groups_arms(),
-    "epochs": epochs_arms(),
-    "epochs-again": {f"p2, sum, {epochs(n)}": dict(T8, inner_epochs=n) for n in (1, 2, 4)},
+    "rates": {f"{kind}, ratio {ratio}, lr {lr}": dict(transition=kind, ratio=ratio, lr=lr)
+              for kind in KINDS for ratio in ("sum", "mean") for lr in RATES},
+    "transition": {f"{kind}, ratio {ratio}, lr {lr}": dict(transition=kind, ratio=ratio, lr=lr)
+                   for (kind, ratio), lr in BEST.items()},
+    "kl": {"beta 0": {}, "beta 0.01": dict(no_kl=False, kl_beta=0.01),
+           "beta 0.1": dict(no_kl=False, kl_beta=0.1)},
+    "filter": {"off": dict(filter_low=False), "percentile 10": {},
+               "percentile 30": dict(filter_percentile=30)},
+    "reduction": {"all 12": {}, "first 6": part("first", 6), "last 6": part("last", 6),
+                  "random 6": part("random", 6), "T 6": dict(unmask_steps=6),
+                  "T 4": dict(unmask_steps=4)},
+    "reward": {"clip": {}, "clip, KL": dict(no_kl=False, kl_beta=0.01),
+               "geneval": GENEVAL, "geneval, KL": dict(GENEVAL, no_kl=False, kl_beta=0.01)},
+    "successors": {"default": {}, "forward": FORWARD,
+                   "forward, 3 early, 60 steps": dict(FORWARD, **part("early", 3), steps=60,
+                                                      eval_every=20),
+                   "random order": dict(confidence="random"),
+                   "guidance 2 in rollouts": dict(guidance=2), "adv mean": dict(adv="mean")},
+    "recipe": {"paper": dict(transition="p1", lr=BEST["p1", "sum"]), "p2": {}},
 }
 
 
 def flags(arm):
-    """Return the flags of train.py for an arm, as one line; FOUR stands for a file of prompts."""
+    """Return the flags of train.py for an arm, as one line."""
     return flags_line(DEFAULT | arm)
 
 
-def is_gone(arm):
-    """Return whether train.py no longer has what an arm needs; commit c48f290 had it."""
-    return arm.get("transition") == "gumbel" or arm.get("loss_steps_from") == "critical"
-
-
 def seeds_of(name):
-    return SEEDS.get(name, (1, 2, 3))
+    return SEEDS.get(name, (1, 2, 3, 4, 5))
 
 
 def runs_in(folder):
@@ -224,12 +121,6 @@ def runs_in(folder):
 
 
 # ------------------------------------------------------------------------------------------- run
-
-def four_families():
-    """Return the training prompts without counting and position, as jsonl."""
-    lines = [row for row in shapes.prompts("train") if row["tag"] not in ("position", "counting")]
-    return "".join(json.dumps(row) + "\n" for row in lines)
-
 
 def row_of(line, seed, out):
     """Return the row that a run of train.py leaves; None when it was stopped before its end."""
@@ -247,11 +138,9 @@ def row_of(line, seed, out):
 def train(line, seed, folder):
     """Run train.py with these flags and this seed, and add its row to folder/rows.jsonl."""
     with tempfile.TemporaryDirectory() as scratch:
-        prompts, out = Path(scratch) / "four.jsonl", Path(scratch) / "run"
-        prompts.write_text(four_families())
-        command = [sys.executable, str(ROOT / "train.py"),
-                   *line.replace("FOUR", str(prompts)).split(),
-                   "--seed", str(seed), "--out", str(out)]
+        out = Path(scratch) / "run"
+        command = [sys.executable, str(ROOT / "train.py"), *line.split(), "--seed", str(seed),
+                   "--out", str(out)]
         done = subprocess.run(command, capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
@@ -274,7 +163,7 @@ def run(args):
         for seed in args.seeds or seeds_of(name):
             for arm in EXPERIMENTS[name].values():
                 job = flags(arm | exchanged), seed
-                if not is_gone(arm) and job not in there:
+                if job not in there:
                     todo[job] = None            # a set that keeps its order
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: train(*job, args.folder), todo))
@@ -332,8 +221,32 @@ def found_arms(name, there):
         keys = [(flags(arm), seed) for seed in seeds_of(name)]
         rows = [there[key] for key in keys if key in there]
         if rows:
-            out[label + (" (run at commit c48f290)" if is_gone(arm) else "")] = rows
+            out[label] = rows
     return out
+
+
+def ceiling_table(found):
+    """Return the lines of a Markdown table of what ceiling() wrote."""
+    lines = ["| family | share right | best of 64 | exact | best of 64, exact |", "|---" * 5 + "|"]
+    for tag, row in found.items():
+        cells = (f"{row[rule][key]:.3f}" for rule in ("overall", "exact") for key in row[rule])
+        lines.append(f"| {tag.replace('_', ' ')} | {' | '.join(cells)} |")
+    return lines
+
+
+def plot_scores(arms, path):
+    """Draw GenEval's score and CLIP's over the steps of each arm, means over seeds."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2), ("overall", CLIP), strict=True):
+        for label, rows in arms.items():
+            steps = [e["step"] for e in rows[0]["eval"]]
+            means = [statistics.fmean(row["eval"][i][key] for row in rows)
+                     for i in range(len(steps))]
+            axes.plot(steps, means, marker="o", label=label)
+        axes.set(xlabel="step", title="GenEval" if key == "overall" else "CLIP")
+        axes.grid(alpha=0.4)
+    axes.legend()
+    figure.savefig(path, dpi=100)
 
 
 def look_table(rows):
@@ -349,14 +262,16 @@ def look_table(rows):
 def report(args):
     """Put tables and plots into notes.md where it says [table NAME] -> folder/README.md."""
     there, look_file = runs_in(args.folder), args.folder / "p1.json"
-    blocks = {"look": ["no numbers yet"]}
+    blocks = {"look": ["no numbers yet"], "ceiling": ["no numbers yet"]}
     if look_file.exists():
         blocks["look"] = look_table(json.loads(look_file.read_text()))
+    if (args.folder / "ceiling.json").exists():
+        blocks["ceiling"] = ceiling_table(json.loads((args.folder / "ceiling.json").read_text()))
     for name, columns in COLUMNS.items():
         arms = found_arms(name, there)
         blocks[name] = ["no runs yet"]
         if arms:
-            plot(arms, args.folder / f"{name}.png")
+            (plot_scores if name == "reward" else plot)(arms, args.folder / f"{name}.png")
             blocks[name] = [*table(columns, arms), "", f"![{name}]({name}.png)"]
     text = (HERE / "notes.md").read_text()
     for name, lines in blocks.items():
@@ -410,10 +325,33 @@ def look(args):
     (args.folder / "p1.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
+# ------------------------------------------------------------------------------------------ ceiling
+
+def ceiling(args, n=64):
+    """Draw n pictures of each held-out prompt with the base -> folder/ceiling.json: by family, the
+    share of right pictures, and of prompts of which at least one picture is right."""
+    from eval_geneval import verdicts
+    from model import load_models
+    from sample import generate
+    lines, found = shapes.prompts("eval"), {}
+    showo, magvit = load_models("shapes")
+    images = generate(showo, magvit, [line["prompt"] for line in lines], n=n, T=12, guidance=0.0,
+                      batch=256)
+    judged = verdicts([line for line in lines for _ in range(n)], shapes.detect(images))
+    for tag in FAMILIES:
+        mine, found[tag] = [i for i, line in enumerate(lines) if line["tag"] == tag], {}
+        for rule in ("overall", "exact"):
+            right = judged[rule].view(-1, n)[mine]
+            found[tag][rule] = {"share": round(right.mean().item(), 4),
+                                "best": round(right.amax(1).mean().item(), 4)}
+    (args.folder / "ceiling.json").write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(ceiling_table(found)))
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["run", "report", "look"])
+    p.add_argument("what", choices=["run", "report", "look", "ceiling"])
     p.add_argument("names", nargs="*", metavar="NAME",
                    help=f"to run: {', '.join(EXPERIMENTS)} (default: all)")
     p.add_argument("--folder", type=Path, default=HERE,
@@ -430,7 +368,7 @@ def main():
         p.error(f"{args.what} takes no NAME")
     if args.set and args.folder == HERE:
         p.error("--set makes other runs than these; give another --folder for them")
-    {"run": run, "report": report, "look": look}[args.what](args)
+    {"run": run, "report": report, "look": look, "ceiling": ceiling}[args.what](args)
 
 
 if __name__ == "__main__":

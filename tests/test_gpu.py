@@ -27,10 +27,10 @@ import train
 from model import PHI_1_5, load_magvit, load_models, load_showo
 from sample import transition_log_prob
 
-# of fewer pictures, all advantages can be 0
-FLAGS = ("--model shapes --filter-low --steps 2 --prompts-per-step 3 --group-size 8 "
-         "--unmask-steps 8 --loss-steps 3 --micro-batch 24 --filter-warmup 2 --eval-every 0 "
-         "--eval-n 1 --eval-unmask-steps 2 --sample-every 0 --save-every 1").split()
+# of fewer pictures, or with a reward of 0 or 1, all advantages can be 0
+FLAGS = ("--model shapes --reward geneval:partial --filter-low --steps 2 --prompts-per-step 3 "
+         "--group-size 8 --unmask-steps 8 --loss-steps 3 --micro-batch 24 --filter-warmup 2 "
+         "--eval-every 0 --eval-n 1 --eval-unmask-steps 2 --sample-every 0 --save-every 1").split()
 
 
 PRETEND = ROOT / "tests/pretend_gpu.py"
