@@ -75,7 +75,7 @@ def test_rewards_beside_the_one_trained_on_and_the_best(monkeypatch, tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     for name in ("overall", "exact", "counting", "geneval:partial", "geneval:strict"):
         assert 0 <= rows[0][name] <= 1 and f"{name}@2" in rows[0]
-    assert rows[0]["overall@2"] > rows[0]["overall"] + 0.2      # guidance helps this base
+    assert rows[0]["overall@2"] > rows[0]["overall"] + 0.1      # guidance helps this base
     best = max(rows[1:], key=lambda row: (row["geneval:partial@2"], row["step"]))
     if rows[0]["geneval:partial@2"] > best["geneval:partial@2"]:
         assert not (out / "checkpoint-best").exists()       # the base, which is not saved again
