@@ -60,7 +60,7 @@ PRESETS = {
                   weight_decay=0.02, micro_batch=6, filter_warmup=50, reward="clip", eval_every=0,
                   eval_n=1, eval_unmask_steps=50, eval_guidance=[5.0], sample_every=50,
                   save_every=100),
-    "shapes": dict(steps=60, group_size=8, prompts_per_step=12, unmask_steps=12, lr=7e-4, warmup=3,
+    "shapes": dict(steps=60, group_size=8, prompts_per_step=16, unmask_steps=12, lr=5e-4, warmup=3,
                    weight_decay=0.0, micro_batch=256, filter_warmup=48, reward="geneval:exact",
                    eval_every=15, eval_n=8, eval_unmask_steps=12, eval_guidance=[0.0],
                    sample_every=15, save_every=15)}
