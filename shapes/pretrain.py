@@ -1,14 +1,16 @@
 """Make the tiny base of --model shapes, and the tiny CLIP that judges its pictures.
 
-    python shapes/pretrain.py --out shapes          # from a seed; about XX minutes on 2 CPU cores
+    python shapes/pretrain.py --out shapes          # from a seed; about 17 minutes on 2 CPU cores
     python train.py --model shapes --reward clip:shapes/clip
 
 The base is a word tokenizer, an image tokenizer and a transformer. It learns from captions of which
 a share belongs to another picture of the same family, as captions found on the web often do: it can
 draw everything, and often draws something else than asked. That is what RL then mends.
 
-The CLIP has open_clip's architecture and its local folder. It learns from right captions of
-pictures that show nothing else, and so has never seen what a policy can draw besides.
+The CLIP has open_clip's architecture and its local folder. It learns from right captions alone. As
+larger ones do, it knows what is in a picture and not how that belongs together (results/world.py):
+it ranks a right picture over one with another class, count or colour every time, over one whose
+relation is turned round, or whose two colours are exchanged, half of the time.
 """
 import concurrent.futures
 import math
