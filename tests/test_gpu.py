@@ -364,8 +364,8 @@ def main_of_one(out):
         before = pretend_gpu.waits.copy()
         call(train.main, "train.py", *FLAGS, "--out", run or out / name, *flags)
         waits[name] = waits_since(before)
-    kl = ("--kl", "--transition", "p1", "--inner-epochs", 2, "--grad-checkpoint", "--eval-every", 2,
-          "--sample-every", 2)
+    kl = ("--kl", "--transition", "p1", "--ratio", "mean", "--lr", 1e-5, "--inner-epochs", 2,
+          "--grad-checkpoint", "--eval-every", 2, "--sample-every", 2)
     training("kl", *kl)
     training("again", *kl, "--resume", run=drop_last(out / "kl", out / "kl-again"))
     training("plain", "--steps", 1, "--kl")

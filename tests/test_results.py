@@ -32,8 +32,8 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     for name in ("report", "run", "prompts"):
         (folder / name).mkdir()
-    for name in ("rows.jsonl", "p1.json", "ceiling.json"):
-        shutil.copy(EXPERIMENTS / name, folder / "report")
+    for path in (*EXPERIMENTS.glob("*.json"), *EXPERIMENTS.glob("*.jsonl")):
+        shutil.copy(path, folder / "report")
     return folder
 
 
@@ -46,11 +46,11 @@ def jobs(out):
     commands = {
         "soak": ("results/soak.py", "--steps", 3, "--every", 1, "--after", 0,
                  "--json", out / "soak.json"),
-        "speed": bench("speed"),
+        "speed": bench("speed", "--unmask-steps", 4),
         "run": ("results/experiments.py", "run", "filter", "--jobs", 1, "--seeds", 1,
                 "--folder", out / "run", "--set", *TINY),
         "load": bench("load"),
-        "memory": bench("memory", "--who", "ours", "--transition", "p1"),
+        "memory": bench("memory", "--who", "ours", "--transition", "p1", "--unmask-steps", 4),
         "pretrain": ("shapes/pretrain.py", "--steps", 2, "--tokenizer-steps", 2, "--clip-steps", 1,
                      "--pool", 300, "--out", out / "base"),
         "curve": bench("curve"),
@@ -139,7 +139,6 @@ def test_the_report_is_the_one_that_is_there(jobs, out):
     assert (out / "report/README.md").read_text() == (EXPERIMENTS / "README.md").read_text()
     pictures = {path.name for path in EXPERIMENTS.glob("*.png")}
     assert {path.name for path in (out / "report").glob("*.png")} == pictures
-    assert pictures
 
 
 def test_an_experiment_runs(jobs, out):
