@@ -1,6 +1,6 @@
 """Make the tiny base of --model shapes, and the tiny CLIP that judges its pictures.
 
-    python shapes/pretrain.py --out shapes          # from a seed; about 17 minutes on 2 CPU cores
+    python shapes/pretrain.py --out shapes          # from a seed; about 20 minutes on 2 CPU cores
     python train.py --model shapes --reward clip:shapes/clip
 
 The base is a word tokenizer, an image tokenizer and a transformer. It learns from captions of which
