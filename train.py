@@ -3,7 +3,7 @@
     python train.py --model shapes --no-kl --filter-low              # minutes on 2 CPU cores
     torchrun --nproc_per_node 8 train.py --no-kl --filter-low        # Show-o 512, Eq. 15
     torchrun --nproc_per_node 8 train.py --recipe paper              # the same with Eq. 14
-    python train.py --model shapes --recipe best                     # what results/ favours
+    python train.py --model shapes --recipe best                     # the last iterations alone
 
 One optimizer step: sample G pictures for each prompt (sample.py, Eq. 1-9), score them (reward.py),
 turn rewards into advantages (grpo.py, Eq. 12), maximize Eq. 10 over the T unmasking iterations.
@@ -66,7 +66,7 @@ PRESETS = {
                    sample_every=15, save_every=15)}
 RECIPES = {
     "paper": dict(kl=False, filter_low=True, transition="p1"),             # Sec. 3.2, 3.3
-    "best": dict(kl=False, filter_low=True, loss_steps_from="last"),       # results/experiments
+    "best": dict(kl=False, filter_low=True, loss_steps_from="last"),   # commit ed13581, results/
     "udm": dict(trajectory="forward", ratio="mean", group_size=8, unmask_steps=10, loss_steps=3,
                 loss_steps_from="early", lr=1e-6, lr_schedule="constant", kl_beta=0.05,
                 reward="geneval:partial", eval_unmask_steps=25, eval_guidance=[0.0])}

@@ -71,7 +71,7 @@ COLUMNS = {
 KINDS, RATES = ("p2", "p1", "ar"), ("7e-4", "3.5e-4", "1.4e-3")
 FORWARD = dict(trajectory="forward", ratio="mean")
 GENEVAL = dict(reward="geneval:exact")
-# of the rates, those with the best score
+# to be the rates with the best scores; until those runs are there, the default's
 BEST = {("p2", "sum"): "7e-4", ("p2", "mean"): "7e-4", ("p1", "sum"): "7e-4",
         ("p1", "mean"): "7e-4", ("ar", "sum"): "7e-4", ("ar", "mean"): "7e-4"}
 

@@ -94,6 +94,7 @@ def timing(seconds, *names):
     plain = {name: getattr(train, name) for name in names}
 
     def timed(name):
+        """Return train.py's function of a name, timed."""
         def call(*args, **kwargs):
             start = time.perf_counter()
             out = plain[name](*args, **kwargs)

@@ -106,6 +106,7 @@ def pretrain_tokenizer(steps, seed, *, batch=8, lr=3e-3) -> MAGVITv2:
                      decoder=dict(size, num_res_blocks=[0, 1, 1, 2]))
 
     def loss_at(step):
+        """Return the loss of fresh pictures, a scalar."""
         codes = crowd(batch)                                                    # (B, 36)
         pictures = shapes.scaled(shapes.assemble(codes))
         signs = model.quantize.embedding[codes]                                 # (B, 36, 8), +-1
@@ -186,6 +187,7 @@ def pretrain_base(steps, seed, *, pool=60000, batch=64, lr=2e-3, clean=0.75, wro
     members = [(family == f).nonzero()[:, 0] for f in range(len(shapes.FAMILIES))]
 
     def loss_at(step):
+        """Return the cross-entropy of a batch of the pool, a scalar."""
         row = torch.randint(pool, (batch,))
         others = [members[f][torch.randint(len(members[f]), ())] for f in family[row]]
         exchanged = torch.rand(batch) < (wrong if step >= clean * steps else 0)
@@ -222,6 +224,7 @@ def pretrain_clip(steps, seed, *, pool=60000, batch=128, lr=1e-3):
                               max_length=CLIP["text_cfg"]["context_length"])["input_ids"]
 
     def loss_at(step):
+        """Return CLIP's loss of a batch of the pool, a scalar."""
         row = torch.randint(pool, (batch,))
         pixels = prepare(shapes.assemble(other_ground(codes[row])), GRID * CELL)
         return open_clip.ClipLoss()(*model(pixels, tokens[row]))
