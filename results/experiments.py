@@ -36,10 +36,10 @@ from common import flags_line  # noqa: E402
 
 DEFAULT = dict(
     model="shapes", reward="clip:shapes/clip", eval_reward="clip:shapes/clip", steps=30,
-    prompts_per_step=12, group_size=8, unmask_steps=12, no_kl=True, filter_low=True,
-    transition="p2", ratio="sum", lr="7e-4", eval_every=10, sample_every=0, save_every=0)
+    prompts_per_step=8, group_size=8, unmask_steps=12, no_kl=True, filter_low=True,
+    transition="p2", ratio="sum", lr="8e-4", eval_every=30, sample_every=0, save_every=0)
 SEEDS = {
-    "rates": (1,),                      # only to choose the rates of "transition"
+    "rates": (1, 2),                    # only to choose the rates of "transition"
     "recipe": range(6, 11),             # fresh ones, since the arms are chosen on the others
 }
 
@@ -68,12 +68,14 @@ COLUMNS = {
 
 # ----------------------------------------------------------------------------------- experiments
 
-KINDS, RATES = ("p2", "p1", "ar"), ("7e-4", "3.5e-4", "1.4e-3")
+KINDS, RATES = ("p2", "p1", "ar"), ("4e-4", "8e-4")
 FORWARD = dict(trajectory="forward", ratio="mean")
 GENEVAL = dict(reward="geneval:exact")
+KL = dict(no_kl=False, kl_beta=0.01)
+LONG = dict(steps=60, eval_every=15)
 # to be the rates with the best scores; until those runs are there, the default's
-BEST = {("p2", "sum"): "7e-4", ("p2", "mean"): "7e-4", ("p1", "sum"): "7e-4",
-        ("p1", "mean"): "7e-4", ("ar", "sum"): "7e-4", ("ar", "mean"): "7e-4"}
+BEST = {("p2", "sum"): "8e-4", ("p2", "mean"): "8e-4", ("p1", "sum"): "8e-4",
+        ("p1", "mean"): "8e-4", ("ar", "sum"): "8e-4", ("ar", "mean"): "8e-4"}
 
 
 def part(which, k):
@@ -86,18 +88,17 @@ EXPERIMENTS = {
               for kind in KINDS for ratio in ("sum", "mean") for lr in RATES},
     "transition": {f"{kind}, ratio {ratio}, lr {lr}": dict(transition=kind, ratio=ratio, lr=lr)
                    for (kind, ratio), lr in BEST.items()},
-    "kl": {"beta 0": {}, "beta 0.01": dict(no_kl=False, kl_beta=0.01),
-           "beta 0.1": dict(no_kl=False, kl_beta=0.1)},
+    "kl": {"beta 0": {}, "beta 0.01": KL},
     "filter": {"off": dict(filter_low=False), "percentile 10": {},
                "percentile 30": dict(filter_percentile=30)},
     "reduction": {"all 12": {}, "first 6": part("first", 6), "last 6": part("last", 6),
                   "random 6": part("random", 6), "T 6": dict(unmask_steps=6),
                   "T 4": dict(unmask_steps=4)},
-    "reward": {"clip": {}, "clip, KL": dict(no_kl=False, kl_beta=0.01),
-               "geneval": GENEVAL, "geneval, KL": dict(GENEVAL, no_kl=False, kl_beta=0.01)},
+    "reward": {"clip": LONG, "geneval": LONG | GENEVAL,
+               "clip, KL": LONG | KL, "geneval, KL": LONG | GENEVAL | KL},
     "successors": {"default": {}, "forward": FORWARD,
                    "forward, 3 early, 60 steps": dict(FORWARD, **part("early", 3), steps=60,
-                                                      eval_every=20),
+                                                      eval_every=60),
                    "random order": dict(confidence="random"),
                    "guidance 2 in rollouts": dict(guidance=2), "adv mean": dict(adv="mean")},
     "recipe": {"paper": dict(transition="p1", lr=BEST["p1", "sum"]), "p2": {}},
