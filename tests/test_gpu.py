@@ -29,7 +29,7 @@ from sample import transition_log_prob
 
 # of fewer pictures, or with a reward of 0 or 1, all advantages can be 0
 FLAGS = ("--model shapes --reward geneval:partial --filter-low --steps 2 --prompts-per-step 3 "
-         "--group-size 8 --unmask-steps 8 --loss-steps 3 --micro-batch 24 --filter-warmup 2 "
+         "--group-size 8 --unmask-steps 4 --loss-steps 2 --micro-batch 24 --filter-warmup 2 "
          "--eval-every 0 --eval-n 1 --eval-unmask-steps 2 --sample-every 0 --save-every 1").split()
 
 
