@@ -131,8 +131,9 @@ def _two_colours(a, k, b, m):
 def prompts(split: str, n: int = 1200) -> list[dict]:
     """Return the prompts of a split, always the same ones.
 
-    "eval": the 63 held-out prompts; "train": n prompts of the other combinations, the hard families
-    more often; "all": n prompts of all combinations, the families in turn.
+    "eval": the 63 held-out prompts, whatever n is; "train": n prompts of the other combinations,
+    the hard families more often; "all": n prompts of all combinations, the families in turn.
+    Raises KeyError for another split.
     """
     turns = list(FAMILIES)
     if split == "train":

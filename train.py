@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import checkpoint
 import common
@@ -569,7 +570,6 @@ def make_optimizer(args, showo, resumed):
                     fused=showo.device.type == "cuda" and not args.zero)
     params = list(showo.trainable().values())
     if args.zero:
-        from torch.distributed.optim import ZeroRedundancyOptimizer     # a second to import
         optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **settings)
     else:
         optimizer = torch.optim.AdamW(params, **settings)

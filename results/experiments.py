@@ -10,9 +10,8 @@ seed. The reward is the tiny CLIP unless an arm says otherwise; the score is Gen
 held-out prompts x 8 pictures. A run leaves one row in experiments/rows.jsonl: flags, seed,
 evaluations, and means over steps of what the log holds. Arms with the same flags share their runs.
 experiments/notes.md holds what was predicted and found; report puts tables and plots into it.
-Intervals are 95%, Student's t over seeds.
+Intervals are 95%, Student's t over seeds; arms are compared seed by seed.
 """
-import argparse
 import json
 import math
 import os
@@ -32,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import shapes  # noqa: E402
 from checkpoint import read_rows  # noqa: E402
-from common import flags_line  # noqa: E402
+from common import Parser, flags_line, in_range  # noqa: E402
 
 DEFAULT = dict(
     model="shapes", reward="clip:shapes/clip", eval_reward="clip:shapes/clip", steps=30,
@@ -109,6 +108,7 @@ def flags(arm):
 
 
 def seeds_of(name):
+    """Return the seeds of an experiment."""
     return SEEDS.get(name, range(3, 8))
 
 
@@ -121,12 +121,12 @@ def runs_in(folder):
 
 # ------------------------------------------------------------------------------------------- run
 
-def row_of(line, seed, out):
+def row_of(flags, seed, out):
     """Return the row that a run of train.py leaves; None when it was stopped before its end."""
     steps, evaluations = read_rows(out / "metrics.jsonl"), read_rows(out / "eval.jsonl")
-    if f"--steps {evaluations[-1]['step']} " not in line:
+    if f"--steps {evaluations[-1]['step']} " not in flags:
         return None
-    row = {"flags": line, "seed": seed, "eval": evaluations}
+    row = {"flags": flags, "seed": seed, "eval": evaluations}
     for average, keys in ((statistics.fmean, MEANS), (statistics.median, MEDIANS)):
         for key in keys:
             values = [step[key] for step in steps if step.get(key) is not None]
@@ -134,29 +134,32 @@ def row_of(line, seed, out):
     return row
 
 
-def train(line, seed, folder):
-    """Run train.py with these flags and this seed, and add its row to folder/rows.jsonl."""
+def train(flags, seed, folder):
+    """Run train.py with these flags and this seed, and add its row to folder/rows.jsonl; return
+    whether it ran to its end."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        command = [sys.executable, str(ROOT / "train.py"), *line.split(), "--seed", str(seed),
+        command = [sys.executable, str(ROOT / "train.py"), *flags.split(), "--seed", str(seed),
                    "--out", str(out)]
         done = subprocess.run(command, capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
-            print(f"{line}, seed {seed}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-            return
-        row = row_of(line, seed, out)
+            last_line = done.stderr.strip().splitlines()[-1:]
+            print(f"{flags}, seed {seed}:", *last_line, file=sys.stderr, flush=True)
+            return False
+        row = row_of(flags, seed, out)
     if row is None:
-        return
+        return False
     with (folder / "rows.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{line}, seed {seed}: {row['eval'][-1]['overall']:.3f} ({row['s_step']:.1f} s a step)",
+    print(f"{flags}, seed {seed}: {row['eval'][-1]['overall']:.3f} ({row['s_step']:.1f} s a step)",
           flush=True)
+    return True
 
 
 def run(args):
     """Train every arm with every seed that has no row yet."""
-    there, exchanged = runs_in(args.folder), dict(pair.split("=") for pair in args.set)
+    there, exchanged = runs_in(args.folder), dict(pair.split("=", 1) for pair in args.set)
     todo = {}
     for name in args.names or EXPERIMENTS:
         for seed in args.seeds or seeds_of(name):
@@ -165,7 +168,9 @@ def run(args):
                 if job not in there:
                     todo[job] = None            # a set that keeps its order
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: train(*job, args.folder), todo))
+        ended_well = list(pool.map(lambda job: train(*job, args.folder), todo))
+    if not all(ended_well):
+        sys.exit(1)
 
 
 # ---------------------------------------------------------------------------------------- report
@@ -183,13 +188,25 @@ def last_scores(rows):
     return [row["eval"][-1]["overall"] for row in rows]
 
 
+def lead(rows, first):
+    """Return by how much the rows of an arm lead those of the first, seed by seed: the mean and the
+    half width of its 95% interval; None where they share no seed."""
+    base = {row["seed"]: score for row, score in zip(first, last_scores(first), strict=True)}
+    leads = [score - base[row["seed"]] for row, score in zip(rows, last_scores(rows), strict=True)
+             if row["seed"] in base]
+    return interval(leads) if leads else None
+
+
 def table(columns, arms):
     """Return the lines of a Markdown table of arms {label: rows of its seeds}."""
-    header = ["arm", "overall", *(key.replace("_", " ") for key in columns), "seeds"]
+    header = ["arm", "overall", "lead over the first", *(key.replace("_", " ") for key in columns),
+              "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    first = next(iter(arms.values()))
     for label, rows in arms.items():
         mean, width = interval(last_scores(rows))
-        cells = [label, f"{mean:.3f} ± {width:.3f}"]
+        cells, ahead = [label, f"{mean:.3f} ± {width:.3f}"], lead(rows, first)
+        cells.append("-" if rows is first or not ahead else f"{ahead[0]:+.3f} ± {ahead[1]:.3f}")
         for key in columns:
             cells.append(f"{statistics.fmean((row | row['eval'][-1])[key] for row in rows):.3g}")
         lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
@@ -226,7 +243,9 @@ def found_arms(name, there):
 
 def ceiling_table(found):
     """Return the lines of a Markdown table of what ceiling() wrote."""
-    lines = ["| family | share right | best of 64 | exact | best of 64, exact |", "|---" * 5 + "|"]
+    header = ["family", *(f"{what}{rule}" for rule in ("", ", exact")
+                          for what in ("share right", "best of 64", "worst prompt"))]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for tag, row in found.items():
         cells = (f"{row[rule][key]:.3f}" for rule in ("overall", "exact") for key in row[rule])
         lines.append(f"| {tag.replace('_', ' ')} | {' | '.join(cells)} |")
@@ -289,7 +308,7 @@ def gradient_norm(value, model):
     return sum(g.square().sum().item() for g in gradients if g is not None) ** 0.5
 
 
-def look(args):
+def look(args, B=96):
     """Take Eq. 14 apart on the base -> folder/p1.json, a row per iteration.
 
     The share of newly unmasked tokens that show an object, the log-probabilities of the two
@@ -298,7 +317,7 @@ def look(args):
     """
     from model import load_models
     from sample import rollout, transition_log_prob
-    B, T = 96, 12
+    T = DEFAULT["unmask_steps"]
     showo, _ = load_models("shapes")
     prompt = showo.encode([line["prompt"] for line in shapes.prompts("train", B)])
     generator = torch.Generator().manual_seed(0)
@@ -328,35 +347,37 @@ def look(args):
 
 def ceiling(args, n=64):
     """Draw n pictures of each held-out prompt with the base -> folder/ceiling.json: by family, the
-    share of right pictures, and of prompts of which at least one picture is right."""
+    share of right pictures, of prompts of which at least one picture is right, and the share of
+    right pictures of the worst prompt."""
     from eval_geneval import verdicts
     from model import load_models
     from sample import generate
     lines, found = shapes.prompts("eval"), {}
     showo, magvit = load_models("shapes")
-    images = generate(showo, magvit, [line["prompt"] for line in lines], n=n, T=12, guidance=0.0,
-                      batch=256)
+    images = generate(showo, magvit, [line["prompt"] for line in lines], n=n, guidance=0.0,
+                      T=DEFAULT["unmask_steps"], batch=256)
     judged = verdicts([line for line in lines for _ in range(n)], shapes.detect(images))
     for tag in FAMILIES:
         mine, found[tag] = [i for i, line in enumerate(lines) if line["tag"] == tag], {}
         for rule in ("overall", "exact"):
             right = judged[rule].view(-1, n)[mine]
             found[tag][rule] = {"share": round(right.mean().item(), 4),
-                                "best": round(right.amax(1).mean().item(), 4)}
+                                "best": round(right.amax(1).mean().item(), 4),
+                                "least": round(right.mean(1).amin().item(), 4)}
     (args.folder / "ceiling.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(ceiling_table(found)))
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("The paper's tables on the tiny base.")
     p.add_argument("what", choices=["run", "report", "look", "ceiling"])
     p.add_argument("names", nargs="*", metavar="NAME",
                    help=f"to run: {', '.join(EXPERIMENTS)} (default: all)")
     p.add_argument("--folder", type=Path, default=HERE,
                    help="of rows.jsonl, p1.json and the report")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    p.add_argument("--seeds", type=int, nargs="+", help="to run in place of an experiment's own")
+    p.add_argument("--jobs", type=in_range(int, 1), default=2, help="runs at a time")
+    p.add_argument("--seeds", type=in_range(int, 0), nargs="+",
+                   help="to run in place of an experiment's own")
     p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
                    help="flags to exchange in every arm, such as steps=1; give another --folder")
     args = p.parse_args()
@@ -367,6 +388,11 @@ def main():
         p.error(f"{args.what} takes no NAME")
     if args.set and args.folder == HERE:
         p.error("--set makes other runs than these; give another --folder for them")
+    for pair in args.set:
+        if pair.split("=")[0] not in DEFAULT or "=" not in pair:
+            p.error(f"--set {pair}: must be NAME=VALUE, NAME one of {', '.join(DEFAULT)}")
+    if not args.folder.is_dir():
+        p.error(f"--folder {args.folder}: no such folder")
     {"run": run, "report": report, "look": look, "ceiling": ceiling}[args.what](args)
 
 

@@ -3,17 +3,17 @@
     python results/world.py                                 # a minute or two; world.json
     python results/world.py --ckpt runs/NAME/checkpoint-60 --json after.json
 
-base: GenEval's rule (overall), the exact rule, and objects drawn and asked for, by family; 63
-held-out prompts x --n pictures. order: the share of all tokens, and of all objects, that each
-iteration places, and the policy's entropy at the tokens that it places, in nats. clip: how often
-the CLIP ranks a right picture over a wrong one, by family. Four kinds of wrong pictures: "other",
-of another prompt of the family; "near", with one thing changed (a class, the count by one, a
-colour, the relation, colours exchanged); "more", with an object that nobody asked for; "drawn",
-what the policy draws wrong, beside what it draws right for the same prompt.
+base: GenEval's rule (overall), the exact rule, and objects drawn and asked for, by family (mean: of
+the families, not of the prompts); 63 held-out prompts x --n pictures. order: the share of all
+tokens, and of all objects, that each iteration places, and the policy's entropy at the tokens that
+it places, in nats. clip: how often the CLIP ranks a right picture over a wrong one, by family. Four
+kinds of wrong pictures: "other", of another prompt of the family; "near", with one thing changed (a
+class, the count by one, a colour, the relation, colours exchanged); "more", with an object that
+nobody asked for; "drawn", what the policy draws wrong, beside what it draws right for the same
+prompt.
 """
 import copy
 import json
-import math
 import random
 import sys
 from pathlib import Path
@@ -122,7 +122,7 @@ def ranked(clip, lines, right, wrong) -> dict:
 
 def ranked_drawn(clip, lines, pictures, right) -> dict:
     """Return, by family, how often the CLIP scores what was drawn right over what was drawn wrong,
-    over all such pairs of a prompt; NaN where there is none.
+    over all such pairs of a prompt; None where there is none. The mean is of the other families.
 
     pictures: n of each prompt, together; right Float (B,).
     """
@@ -133,8 +133,9 @@ def ranked_drawn(clip, lines, pictures, right) -> dict:
     for line, score, ok in zip(lines, scores, right, strict=True):
         over = score[ok][:, None] > score[~ok]
         pairs[line["tag"]] += over.float().flatten().tolist()
-    shares = {tag: sum(won) / len(won) if won else math.nan for tag, won in pairs.items()}
-    return {"mean": sum(shares.values()) / len(shares), **shares}
+    shares = {tag: sum(won) / len(won) if won else None for tag, won in pairs.items()}
+    known = [share for share in shares.values() if share is not None]
+    return {"mean": sum(known) / len(known) if known else None, **shares}
 
 
 def look(n, clip_name, ckpt) -> dict:
@@ -167,7 +168,8 @@ def show(numbers):
     for part in ("base", "clip"):
         print(f"\n{part:<14}" + "".join(f"{tag:>15}" for tag in ("mean", *shapes.FAMILIES)))
         for name, row in numbers[part].items():
-            print(f"{name:<14}" + "".join(f"{value:15.3f}" for value in row.values()))
+            cells = ("-" if value is None else f"{value:.3f}" for value in row.values())
+            print(f"{name:<14}" + "".join(f"{cell:>15}" for cell in cells))
     order = numbers["order"]
     print("\norder         " + "".join(f"{t:6}" for t in range(len(order["tokens"]))))
     for name in ("tokens", "objects", "entropy"):

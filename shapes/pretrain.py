@@ -57,7 +57,8 @@ def word_tokenizer():
 
 
 def one_cycle(optimizer, lr, steps, warmup):
-    """Return a schedule that rises to lr for a share `warmup` of the steps, then falls.
+    """Return torch's OneCycleLR: from lr / 25 up to lr in a share `warmup` of the steps, then by a
+    cosine to almost 0; AdamW's first beta goes from 0.95 down to 0.85 and back.
 
     OneCycleLR divides by warmup * steps - 1: a warm-up of just one step has to be left out.
     """
@@ -67,9 +68,9 @@ def one_cycle(optimizer, lr, steps, warmup):
 
 
 def descend(name, model, loss_at, steps, lr, decay=0.05):
-    """Train a model in place: AdamW down loss_at(step), the gradient's norm cut at 1."""
+    """Train a model in place: AdamW down loss_at(step), the gradient clipped to norm 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98),
-                                  weight_decay=decay)
+                                  weight_decay=decay)       # the first beta is the schedule's
     schedule = one_cycle(optimizer, lr, steps, warmup=0.05)
     start, running = time.time(), None
     for step in range(steps):
@@ -88,7 +89,7 @@ def descend(name, model, loss_at, steps, lr, decay=0.05):
 
 # ---------------------------------------------------------------------------- the image tokenizer
 
-def crowd(B):
+def random_codes(B):
     """Draw B pictures with objects all over, half of them few -> codes Long (B, 36)."""
     share = torch.tensor([0.06, 0.3])[torch.randint(2, (B, 1))]
     return torch.where(torch.rand(B, CELLS) < share, torch.randint(OBJECTS, (B, CELLS)),
@@ -107,7 +108,7 @@ def pretrain_tokenizer(steps, seed, *, batch=8, lr=3e-3) -> MAGVITv2:
 
     def loss_at(step):
         """Return the loss of fresh pictures, a scalar."""
-        codes = crowd(batch)                                                    # (B, 36)
+        codes = random_codes(batch)                                                    # (B, 36)
         pictures = shapes.scaled(shapes.assemble(codes))
         signs = model.quantize.embedding[codes]                                 # (B, 36, 8), +-1
         signs = signs.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
@@ -119,7 +120,7 @@ def pretrain_tokenizer(steps, seed, *, batch=8, lr=3e-3) -> MAGVITv2:
 
 # -------------------------------------------------------------------------------- the transformer
 
-def lessons(n, rng):
+def captioned_pictures(n, rng):
     """Draw n captioned pictures -> captions list[str], family Long (n,), codes Long (n, 36)."""
     lines = shapes.prompts("all", n)
     codes = torch.tensor([shapes.codes_of(shapes.arrange(line, rng), rng) for line in lines])
@@ -128,7 +129,7 @@ def lessons(n, rng):
 
 
 def other_ground(codes):
-    """Return codes (B, 36) with all textures drawn anew: they are in no picture for a reason."""
+    """Return codes (B, 36) with all textures drawn anew: which one a cell has means nothing."""
     textures = torch.randint(OBJECTS, shapes.CODES, codes.shape)
     return torch.where(codes < OBJECTS, codes, textures)
 
@@ -149,7 +150,7 @@ def new_showo(hidden, layers) -> Showo:
     return Showo(config, phi, tokenizer)
 
 
-def masks(codes):
+def random_masks(codes):
     """Choose the tokens to predict, Bool as codes (B, 36): a share cos(pi u / 2) of each picture.
 
     A quarter of the masks cover the objects first, with a share u: states in which ground went
@@ -182,7 +183,7 @@ def pretrain_base(steps, seed, *, pool=60000, batch=64, lr=2e-3, clean=0.75, wro
     """
     torch.manual_seed(seed)
     model = new_showo(hidden, layers)
-    captions, family, codes = lessons(pool, random.Random(seed))
+    captions, family, codes = captioned_pictures(pool, random.Random(seed))
     ids, empty = model.encode(captions).ids, model.encode([""]).ids
     members = [(family == f).nonzero()[:, 0] for f in range(len(shapes.FAMILIES))]
 
@@ -191,10 +192,10 @@ def pretrain_base(steps, seed, *, pool=60000, batch=64, lr=2e-3, clean=0.75, wro
         row = torch.randint(pool, (batch,))
         others = [members[f][torch.randint(len(members[f]), ())] for f in family[row]]
         exchanged = torch.rand(batch) < (wrong if step >= clean * steps else 0)
-        told = torch.where(exchanged, torch.stack(others), row)
-        text = torch.where(torch.rand(batch, 1) < 0.1, empty, ids[told])
+        caption_of = torch.where(exchanged, torch.stack(others), row)
+        text = torch.where(torch.rand(batch, 1) < 0.1, empty, ids[caption_of])
         drawn = other_ground(codes[row])                                        # (B, 36)
-        masked = masks(drawn)
+        masked = random_masks(drawn)
         logits = model.logits(torch.where(masked, model.K, drawn),
                               Prompt(text, text != model.pad, torch.arange(batch)))
         return token_loss(logits[masked], drawn[masked])
@@ -219,7 +220,7 @@ def pretrain_clip(steps, seed, *, pool=60000, batch=128, lr=1e-3):
     import open_clip
     torch.manual_seed(seed)
     model = open_clip.CLIP(**CLIP)
-    captions, _, codes = lessons(pool, random.Random(seed + 1))
+    captions, _, codes = captioned_pictures(pool, random.Random(seed + 1))
     tokens = word_tokenizer()(captions, padding="max_length", return_tensors="pt",
                               max_length=CLIP["text_cfg"]["context_length"])["input_ids"]
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -151,6 +152,49 @@ def test_an_experiment_runs(jobs, out):
         assert row["flags"].startswith("--model shapes --reward clip:shapes/clip ")
         assert row["seed"] == 1 and [line["step"] for line in row["eval"]] == [0, 1]
         assert row["s_step"] > 0 and row["ratio_max"] == 1
+
+
+def test_intervals_and_leads_are_those_of_a_known_table():
+    """Student's t of two seeds is 12.71; leads are seed by seed."""
+    experiments = script(ROOT / "results/experiments.py")
+
+    def row(seed, score):
+        return {"seed": seed, "eval": [{"overall": 0.5}, {"overall": score, "exact": score / 2}]}
+    arms = {"a": [row(1, 0.6), row(2, 0.8)], "b": [row(2, 0.9), row(1, 0.7)], "c": [row(3, 0.4)]}
+    lines = experiments.table(("exact",), arms)
+    assert lines[0] == "| arm | overall | lead over the first | exact | seeds |"
+    assert lines[2] == "| a | 0.700 ± 1.271 | - | 0.35 | 2 |"
+    assert lines[3] == "| b | 0.800 ± 1.271 | +0.100 ± 0.000 | 0.4 | 2 |"
+    assert lines[4] == "| c | 0.400 ± nan | - | 0.2 | 1 |"
+
+
+def test_the_look_and_the_ceiling_are_written(tmp_path):
+    experiments = script(ROOT / "results/experiments.py")
+    args = SimpleNamespace(folder=tmp_path)
+    experiments.look(args, B=6)
+    rows = json.loads((tmp_path / "p1.json").read_text())
+    assert [row["t"] for row in rows] == list(range(12)) and rows[-1]["remasked_positions"] == 0
+    assert all(row["gradient_new"] > 0 > row["log_new"] for row in rows)
+    experiments.ceiling(args, n=2)
+    for row in json.loads((tmp_path / "ceiling.json").read_text()).values():
+        for rule in ("overall", "exact"):
+            assert 0 <= row[rule]["least"] <= row[rule]["share"] <= row[rule]["best"] <= 1
+        assert row["exact"]["share"] <= row["overall"]["share"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--set", "steps"), "--set steps: must be NAME=VALUE"),
+    (("--set", "step=1"), "--set step=1: must be NAME=VALUE"),
+    (("--jobs", 0), "--jobs: 0 is out of range"),
+    ((), "absent: no such folder")])
+def test_bad_flags_of_the_experiments_are_one_line(flags, said, monkeypatch, capsys, tmp_path):
+    experiments = script(ROOT / "results/experiments.py")
+    command = ["experiments.py", "report", "--folder", tmp_path / "absent", *flags]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    with pytest.raises(SystemExit) as end:
+        experiments.main()
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and errors.count("\n") == 1 and said in errors
 
 
 def test_rows_are_of_arms_and_train_takes_their_flags(monkeypatch):

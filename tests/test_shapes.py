@@ -150,9 +150,13 @@ def test_codes_are_the_templates(pictures, base):
 # ------------------------------------------------------------------------- what is shipped
 
 @pytest.fixture(scope="module")
-def looked():
-    """What results/world.py finds on 4 pictures of each held-out prompt."""
-    return world.look(4, "shapes/clip", None)
+def looked(tmp_path_factory):
+    """What results/world.py writes of 4 pictures of each held-out prompt."""
+    path = tmp_path_factory.mktemp("world") / "world.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["world.py", "--n", "4", "--json", str(path)])
+        world.main()
+    return json.loads(path.read_text())
 
 
 def test_the_shipped_weights_are_small():
@@ -161,7 +165,7 @@ def test_the_shipped_weights_are_small():
 
 
 def test_the_shipped_base_is_fair(looked):
-    right = looked["base"]["overall"]
+    right = dict(looked["base"]["overall"])
     assert 0.35 <= right.pop("mean") <= 0.60
     assert min(right.values()) >= 0.05
 
@@ -172,7 +176,7 @@ def test_objects_come_early_and_late(looked):
     assert sum(order["tokens"]) == pytest.approx(1) == sum(order["objects"])
     assert order["objects_in_first_half"] >= 0.5 * order["tokens_in_first_half"] > 0.1
     assert sum(order["objects"][-2:]) < 0.5
-    assert min(order["entropy"]) > 0.5      # every iteration has a choice
+    assert min(order["entropy"]) > 5.0      # nats; 216 textures at random are 5.38
 
 
 def test_the_shipped_clip_is_good_and_can_be_fooled(looked):
@@ -190,10 +194,13 @@ def test_a_nearly_right_picture_is_wrong_by_one_thing(tag):
     rng = random.Random(0)
     lines = [group[0] for group in shapes.combinations(tag)]
     nearly = [world.nearly(line, rng) for line in lines]
-    pictures = world.wrong_pictures(lines, world.nearly, rng)
+    pictures = torch.stack([shapes.render(line, rng)[0] for line in nearly])
     assert not verdicts(lines, shapes.detect(pictures))["exact"].any()
     for line, other in zip(lines, nearly, strict=True):
-        assert line["include"] != other["include"] and len(line["include"]) == len(other["include"])
+        changed = [a.get(key) != b.get(key)
+                   for a, b in zip(line["include"], other["include"], strict=True)
+                   for key in ("class", "count", "color", "position")]
+        assert sum(changed) == (2 if tag == "color_attr" else 1)    # two colours exchanged
 
 
 # ------------------------------------------------------------------------- pretraining
