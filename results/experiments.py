@@ -34,9 +34,9 @@ from checkpoint import read_rows  # noqa: E402
 from common import Parser, flags_line, in_range  # noqa: E402
 
 DEFAULT = dict(
-    model="shapes", reward="clip:shapes/clip", eval_reward="clip:shapes/clip", steps=30,
+    model="shapes", reward="clip:shapes/clip", eval_reward="clip:shapes/clip", steps=20,
     prompts_per_step=8, group_size=8, unmask_steps=12, no_kl=True, filter_low=True,
-    transition="p2", ratio="sum", lr="8e-4", eval_every=30, sample_every=0, save_every=0)
+    transition="p2", ratio="sum", lr="8e-4", eval_every=20, sample_every=0, save_every=0)
 SEEDS = {
     "rates": (1, 2),            # to choose the rates, so that no other table has their luck
     "recipe": range(8, 13),     # fresh ones, since the arms are chosen on the others
@@ -71,7 +71,7 @@ KINDS, RATES = ("p2", "p1", "ar"), ("4e-4", "8e-4", "1.6e-3")
 FORWARD = dict(trajectory="forward", ratio="mean")
 GENEVAL = dict(reward="geneval:exact")
 KL = dict(no_kl=False, kl_beta=0.01)
-LONG = dict(steps=60, eval_every=15)
+LONG = dict(steps=40, eval_every=10)
 # to be the rates with the best scores; until those runs are there, the default's
 BEST = {"p2": "8e-4", "p1": "8e-4", "ar": "8e-4"}
 
@@ -94,8 +94,8 @@ EXPERIMENTS = {
     "reward": {"clip": LONG, "geneval": LONG | GENEVAL,
                "clip, KL": LONG | KL, "geneval, KL": LONG | GENEVAL | KL},
     "successors": {"default": {}, "forward": FORWARD,
-                   "forward, 3 early, 60 steps": dict(FORWARD, **part("early", 3), steps=60,
-                                                      eval_every=60),
+                   "forward, 3 early, 40 steps": dict(FORWARD, **part("early", 3), steps=40,
+                                                      eval_every=40),
                    "random order": dict(confidence="random"),
                    "guidance 2 in rollouts": dict(guidance=2), "adv mean": dict(adv="mean")},
     "recipe": {"paper": dict(transition="p1", lr=BEST["p1"]), "p2": {}},
@@ -389,8 +389,8 @@ def main():
     if args.set and args.folder == HERE:
         p.error("--set makes other runs than these; give another --folder for them")
     for pair in args.set:
-        if pair.split("=")[0] not in DEFAULT or "=" not in pair:
-            p.error(f"--set {pair}: must be NAME=VALUE, NAME one of {', '.join(DEFAULT)}")
+        if "=" not in pair:
+            p.error(f"--set {pair}: must be NAME=VALUE")
     if not args.folder.is_dir():
         p.error(f"--folder {args.folder}: no such folder")
     {"run": run, "report": report, "look": look, "ceiling": ceiling}[args.what](args)
