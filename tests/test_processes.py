@@ -387,7 +387,7 @@ def main(out):
     stopped("no-run", "--out", out / "nowhere", "--resume")
 
     spoil_rewards(0.0, 9 * 16)      # its groups are all under the bar, three times in each step
-    scenario("filtered", "--steps", 5, "--unmask-steps", 16, "--filter-warmup", 1,
+    scenario("filtered", "--steps", 5, "--unmask-steps", 8, "--filter-warmup", 1,
              "--max-resample", 2, "--save-every", 0)
     spoil_rewards(float("nan"), 3 * 16)
     scenario("not-finite", "--steps", 5, "--save-every", 0)

@@ -165,6 +165,16 @@ def test_rows_are_of_arms_and_train_takes_their_flags(monkeypatch):
         train.parse_args()
 
 
+def test_the_rates_are_those_of_the_best_mean_score():
+    arms = experiments.found_arms("rates", experiments.runs_in(EXPERIMENTS))
+    means = {name: experiments.interval(experiments.last_scores(rows))[0]
+             for name, rows in arms.items()}
+    assert all(len(rows) == 2 for rows in arms.values()) and len(arms) == 9
+    for kind, rate in experiments.BEST.items():
+        mine = {name: mean for name, mean in means.items() if name.startswith(f"{kind}, ")}
+        assert max(mine, key=mine.get) == f"{kind}, lr {rate}"
+
+
 # ------------------------------------------------------------------------------------- the rest
 
 def test_curves(call, tmp_path):
