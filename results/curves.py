@@ -3,7 +3,7 @@
     python results/curves.py
 
 shapes-p2-seedSEED.jsonl is the eval.jsonl of
-`python train.py --model shapes --no-kl --filter-low --seed SEED`.
+`python train.py --model shapes --no-kl --filter-low --reward clip:shapes/clip --seed SEED`.
 """
 import argparse
 import json

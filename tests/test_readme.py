@@ -10,6 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from checkpoint import read_rows
+
 README = (ROOT / "README.md").read_text()
 
 # ------------------------------------------------------------------------------ the example
@@ -117,6 +119,23 @@ def test_the_index_of_equations_is_true(equations, places):
         own = "\n".join(lines[node.lineno - 1:node.end_lineno])
         missing = numbers(equations) - numbers(own)
         assert not missing, f"{place} does not name {sorted(missing)}"
+
+
+# ------------------------------------------------------------------------------ the results
+
+def test_the_table_of_results_is_that_of_the_rows():
+    """The base's and the last evaluation of the first command's runs; each 38% up on the base."""
+    columns = ("overall", "single_object", "two_object", "counting", "colors", "position",
+               "color_attr")
+    table = dict(re.findall(r"^\| (base|seed \d+) \| (.*) \|$", README, re.M))
+    assert table.keys() == {"base", "seed 42", "seed 43", "seed 44"}
+    for seed in (42, 43, 44):
+        rows = read_rows(ROOT / f"results/shapes-p2-seed{seed}.jsonl")
+        for label, row in (("base", rows[0]), (f"seed {seed}", rows[-1])):
+            said = [float(cell.strip("*")) for cell in table[label].split(" | ")]
+            assert said == [round(row[column], 3 if column == "overall" else 2)
+                            for column in columns]
+        assert rows[-1]["overall"] > 1.38 * rows[0]["overall"]
 
 
 # ------------------------------------------------------------------------------ lines
