@@ -1,9 +1,9 @@
 """Mask-GRPO (arXiv 2510.13418): RL for masked text-to-image models, one readable loop.
 
-    python train.py --model shapes --no-kl --filter-low              # minutes on 2 CPU cores
+    python train.py --model shapes --no-kl --filter-low --reward clip:shapes/clip     # minutes
     torchrun --nproc_per_node 8 train.py --no-kl --filter-low        # Show-o 512, Eq. 15
     torchrun --nproc_per_node 8 train.py --recipe paper              # the same with Eq. 14
-    python train.py --model shapes --recipe best                     # the last iterations alone
+    python train.py --model shapes --recipe best                     # with the ratio of a token
 
 One optimizer step: sample G pictures for each prompt (sample.py, Eq. 1-9), score them (reward.py),
 turn rewards into advantages (grpo.py, Eq. 12), maximize Eq. 10 over the T unmasking iterations.
@@ -66,7 +66,7 @@ PRESETS = {
                    sample_every=15, save_every=15)}
 RECIPES = {
     "paper": dict(kl=False, filter_low=True, transition="p1"),             # Sec. 3.2, 3.3
-    "best": dict(kl=False, filter_low=True, loss_steps_from="last"),   # commit ed13581, results/
+    "best": dict(kl=False, filter_low=True, ratio="mean"),              # results/experiments
     "udm": dict(trajectory="forward", ratio="mean", group_size=8, unmask_steps=10, loss_steps=3,
                 loss_steps_from="early", lr=1e-6, lr_schedule="constant", kl_beta=0.05,
                 reward="geneval:partial", eval_unmask_steps=25, eval_guidance=[0.0])}
@@ -92,7 +92,7 @@ def parse_args():
 
     add = p.add_argument_group("the method").add_argument
     add("--recipe", choices=list(RECIPES), help="paper: --no-kl --filter-low --transition p1; best:"
-        " --no-kl --filter-low, the last quarter of the iterations; udm: UDM-GRPO's; flags win")
+        " --no-kl --filter-low --ratio mean, by the tiny base; udm: UDM-GRPO's; flags win")
     add("--steps", type=positive, help="optimizer steps with fresh rollouts")
     add("--group-size", type=in_range(int, 2, 4096), help="G, pictures per prompt")
     add("--prompts-per-step", type=positive, help="per process")
@@ -156,8 +156,6 @@ def parse_args():
 
 def check_flags(p, args):
     """End the program with one line when flags do not fit each other."""
-    if args.recipe == "best" and not args.loss_steps:
-        args.loss_steps = max(1, args.unmask_steps // 4)
     if args.loss_steps and args.loss_steps > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
     if args.transition == "p1" and args.trajectory == "forward":

@@ -150,10 +150,9 @@ def test_a_recipe_sets_flags_and_flags_beside_it_win(monkeypatch):
     assert no_recipe["recipe"] is None and no_recipe["kl"] and not no_recipe["filter_low"]
     by_hand = parsed(monkeypatch, "--transition", "p1", "--no-kl", "--filter-low")
     assert parsed(monkeypatch, "--recipe", "paper") == by_hand | {"recipe": "paper"}
-    best = no_recipe | train.RECIPES["best"] | {"recipe": "best", "loss_steps": 3}
+    best = no_recipe | train.RECIPES["best"] | {"recipe": "best"}
     assert parsed(monkeypatch, "--recipe", "best") == best
-    assert parsed(monkeypatch, "--recipe", "best", "--unmask-steps", "3")["loss_steps"] == 1
-    assert parsed(monkeypatch, "--recipe", "best", "--loss-steps", "7")["loss_steps"] == 7
+    assert parsed(monkeypatch, "--recipe", "best", "--ratio", "sum")["ratio"] == "sum"
     changed = parsed(monkeypatch, "--recipe", "paper", "--transition", "p2", "--kl",
                      "--no-filter-low")
     assert changed == no_recipe | {"recipe": "paper"}
