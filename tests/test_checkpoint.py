@@ -30,7 +30,7 @@ import train
 from checkpoint import InputError
 from model import load_models, load_showo
 
-TINY = ("--model shapes --no-kl --steps 4 --prompts-per-step 8 --group-size 4 --unmask-steps 4 "
+TINY = ("--model shapes --no-kl --steps 4 --prompts-per-step 4 --group-size 4 --unmask-steps 4 "
         "--eval-every 0 --sample-every 0 --save-every 1 --lr 1e-3").split()
 
 

@@ -27,6 +27,7 @@ from checkpoint import InputError
 
 FLAGS = ("--model shapes --no-kl --filter-low --steps 2 --prompts-per-step 4 --group-size 4 "
          "--unmask-steps 4 --filter-warmup 6 --filter-percentile 90 --eval-every 0 --eval-n 1 "
+         "--eval-unmask-steps 4 "
          "--sample-every 0 --save-every 1").split()
 EVALUATED = ("--eval-every", 2)
 PLAIN = {name: getattr(train, name) for name in ("make_optimizer", "make_reward", "update")}

@@ -20,7 +20,8 @@ import experiments  # noqa: E402
 import make_prompts  # noqa: E402
 
 EXPERIMENTS = ROOT / "results/experiments"
-TINY = "steps=1 prompts_per_step=1 group_size=2 unmask_steps=2 eval_every=1 eval_n=1".split()
+TINY = ("steps=1 prompts_per_step=1 group_size=2 unmask_steps=2 eval_every=1 eval_n=1 "
+        "eval_unmask_steps=2").split()
 
 
 @pytest.fixture
