@@ -19,7 +19,7 @@ from model import load_showo
 from sample import forward_trajectory, rollout, transition_log_prob
 
 TINY = ("--model shapes --no-kl --steps 2 --prompts-per-step 3 --group-size 4 --unmask-steps 4 "
-        "--eval-every 0 --sample-every 0").split()
+        "--eval-every 0 --eval-unmask-steps 4 --sample-every 0").split()
 
 
 def call(monkeypatch, *flags):
