@@ -98,8 +98,7 @@ EXPERIMENTS = {
                                                       eval_every=40),
                    "random order": dict(confidence="random"),
                    "guidance 2 in rollouts": dict(guidance=2), "adv mean": dict(adv="mean")},
-    "recipe": {"paper": dict(transition="p1", lr=BEST["p1"]), "p2": {},
-               "best": dict(ratio="mean")},
+    "recipe": {"paper": dict(transition="p1", lr=BEST["p1"]), "best": dict(ratio="mean")},
 }
 
 
