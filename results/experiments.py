@@ -102,7 +102,7 @@ EXPERIMENTS = {
 }
 
 
-def flags(arm):
+def flags_of(arm):
     """Return the flags of train.py for an arm, as one line."""
     return flags_line(DEFAULT | arm)
 
@@ -164,7 +164,7 @@ def run(args):
     for name in args.names or EXPERIMENTS:
         for seed in args.seeds or seeds_of(name):
             for arm in EXPERIMENTS[name].values():
-                job = flags(arm | exchanged), seed
+                job = flags_of(arm | exchanged), seed
                 if job not in there:
                     todo[job] = None            # a set that keeps its order
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -234,7 +234,7 @@ def found_arms(name, there):
     """Return {label: rows} of the arms of an experiment that have rows."""
     out = {}
     for label, arm in EXPERIMENTS[name].items():
-        keys = [(flags(arm), seed) for seed in seeds_of(name)]
+        keys = [(flags_of(arm), seed) for seed in seeds_of(name)]
         rows = [there[key] for key in keys if key in there]
         if rows:
             out[label] = rows

@@ -189,6 +189,13 @@ def test_the_shipped_clip_is_good_and_can_be_fooled(looked):
         assert 0.3 < ranked["near"][tag] < 0.7
 
 
+def test_a_family_without_a_wrong_drawing_has_no_share():
+    lines = [shapes.combinations(tag)[0][0] for tag in shapes.FAMILIES]
+    right = torch.tensor([1.0, 1.0] + [1.0, 0.0] * 5)               # two pictures of each
+    found = world.ranked_drawn(lambda pictures, texts: right, lines, torch.zeros(12), right)
+    assert found == {"mean": 1.0, "single_object": None, **dict.fromkeys(list(found)[2:], 1.0)}
+
+
 @pytest.mark.parametrize("tag", shapes.FAMILIES)
 def test_a_nearly_right_picture_is_wrong_by_one_thing(tag):
     rng = random.Random(0)
