@@ -1,9 +1,8 @@
 """Mask-GRPO (arXiv 2510.13418): RL for masked text-to-image models, one readable loop.
 
-    python train.py --model shapes --no-kl --filter-low --reward clip:shapes/clip     # minutes
+    python train.py --model shapes --recipe best --reward clip:shapes/clip     # minutes
     torchrun --nproc_per_node 8 train.py --no-kl --filter-low        # Show-o 512, Eq. 15
     torchrun --nproc_per_node 8 train.py --recipe paper              # the same with Eq. 14
-    python train.py --model shapes --recipe best                     # with the ratio of a token
 
 One optimizer step: sample G pictures for each prompt (sample.py, Eq. 1-9), score them (reward.py),
 turn rewards into advantages (grpo.py, Eq. 12), maximize Eq. 10 over the T unmasking iterations.
@@ -60,7 +59,7 @@ PRESETS = {
                   weight_decay=0.02, micro_batch=6, filter_warmup=50, reward="clip", eval_every=0,
                   eval_n=1, eval_unmask_steps=50, eval_guidance=[5.0], sample_every=50,
                   save_every=100),
-    "shapes": dict(steps=60, group_size=8, prompts_per_step=16, unmask_steps=12, lr=7e-4, warmup=3,
+    "shapes": dict(steps=45, group_size=8, prompts_per_step=16, unmask_steps=12, lr=7e-4, warmup=3,
                    weight_decay=0.0, micro_batch=256, filter_warmup=48, reward="geneval:exact",
                    eval_every=15, eval_n=8, eval_unmask_steps=12, eval_guidance=[0.0],
                    sample_every=15, save_every=15)}

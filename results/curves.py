@@ -3,7 +3,7 @@
     python results/curves.py
 
 shapes-p2-seedSEED.jsonl is the eval.jsonl of
-`python train.py --model shapes --no-kl --filter-low --reward clip:shapes/clip --seed SEED`.
+`python train.py --model shapes --recipe best --reward clip:shapes/clip --seed SEED`.
 """
 import argparse
 import json
@@ -28,7 +28,7 @@ def plot(runs: dict, path):
     axes.set(xlabel="optimizer steps", ylabel="GenEval score, held-out prompts",
              xticks=steps, ylim=(0.35, 0.9))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 

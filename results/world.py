@@ -1,7 +1,7 @@
 """Look at the tiny world: what its base draws, in which order, and how its CLIP judges.
 
     python results/world.py                                 # a minute or two; world.json
-    python results/world.py --ckpt runs/NAME/checkpoint-60 --json after.json
+    python results/world.py --ckpt runs/NAME/checkpoint-45 --json after.json
 
 base: GenEval's rule (overall), the exact rule, and objects drawn and asked for, by family (mean: of
 the families, not of the prompts); 63 held-out prompts x --n pictures. order: the share of all

@@ -245,6 +245,7 @@ def test_what_the_first_process_refuses_all_refuse(two):
                                   "--resume or choose another folder")
     assert said(two, "no-run") == f"--resume: no checkpoint in {two / 'nowhere'}"
     assert not (two / "nowhere").exists()
+    assert said(two, "no-folder").startswith("/dev/null")
 
 
 def test_a_line_of_json_per_step(two):
@@ -291,7 +292,8 @@ common.run(train.main)
 @pytest.mark.parametrize("how, error", [
     ("broken", "OSError: the disk of machine 1 is gone"),
     ("killed", "dies.py: error: lost another process, or the network between them (")])
-def test_a_process_that_dies_takes_the_job_down_with_its_own_error(tmp_path, how, error):
+def test_a_process_that_dies_takes_the_job_down_and_nothing_saved_is_lost(
+        monkeypatch, tmp_path, how, error):
     (tmp_path / "dies.py").write_text(DIES)
     run = tmp_path / "run"
     started = torchrun(tmp_path / "dies.py", how, *FLAGS, "--steps", 500, "--out", run)
@@ -300,6 +302,10 @@ def test_a_process_that_dies_takes_the_job_down_with_its_own_error(tmp_path, how
     lines = [line for line in errors.splitlines() if "rror: " in line]
     own = [line for line in lines if not line.startswith("torch.distributed.elastic")]
     assert len(own) == 1 and own[0].removeprefix("[rank1]: ").startswith(error), errors[-3000:]
+
+    assert checkpoint.newest(run) == run / "checkpoint-1"
+    call(monkeypatch, "--steps", 2, "--prompts-per-step", 8, "--resume", "--out", run)
+    assert [row["step"] for row in metrics(run)] == [1, 2]
 
 
 # ------------------------------------------------------------------------------ the script
@@ -386,6 +392,7 @@ def main(out):
 
     stopped("taken", "--out", out / "two")
     stopped("no-run", "--out", out / "nowhere", "--resume")
+    stopped("no-folder", "--out", "/dev/null")
 
     spoil_rewards(0.0, 9 * 16)      # its groups are all under the bar, three times in each step
     scenario("filtered", "--steps", 5, "--unmask-steps", 8, "--filter-warmup", 1,

@@ -12,6 +12,7 @@ from conftest import ROOT
 from PIL import Image
 
 import train
+from checkpoint import read_rows
 from model import load_models
 
 # the processes that they start import them by their names
@@ -214,3 +215,10 @@ def test_pretraining_writes_a_base_that_loads(call, tmp_path):
     assert (showo.N, showo.K, len(magvit.quantize.embedding)) == (36, 256, 256)
     tokenizer = (tmp_path / "tokenizer.json").read_text()
     assert json.loads(tokenizer) == json.loads((ROOT / "shapes/tokenizer.json").read_text())
+
+    run = tmp_path / "run"
+    call("train", "--model", tmp_path, "--vq", tmp_path / "magvitv2", "--no-kl", "--steps", 1,
+         "--prompts-per-step", 2, "--group-size", 2, "--unmask-steps", 2, "--eval-every", 0,
+         "--sample-every", 0, "--out", run)
+    row, = read_rows(run / "metrics.jsonl")
+    assert row["ratio_mean"] == 1 and row["skipped"] == 0
