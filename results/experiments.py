@@ -277,14 +277,43 @@ def look_table(rows):
     return lines
 
 
+def plot_long(tries, path):
+    """Draw the score and the entropy of each try over its steps."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2), ("overall", "entropy"), strict=True):
+        for name, rows in tries.items():
+            found = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*found, strict=True), marker="o", markersize=4, label=name)
+        axes.set(xlabel="step", title="GenEval" if key == "overall" else "entropy, nats")
+        axes.grid(alpha=0.4)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=100)
+
+
+def long_table(tries):
+    """Return the lines of a table: the best and the last score of each try, with their steps."""
+    lines = ["| try | best | last | position | color attr |", "|---|---|---|---|---|"]
+    for name, rows in tries.items():
+        scored = [row for row in rows if "overall" in row]
+        best, last = max(scored, key=lambda row: row["overall"]), scored[-1]
+        cells = [f"{row['overall']:.3f} (step {row['step']})" for row in (best, last)]
+        cells += [f"{last[family]:.2f}" for family in ("position", "color_attr")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def report(args):
     """Put tables and plots into notes.md where it says [table NAME] -> folder/README.md."""
     there, look_file = runs_in(args.folder), args.folder / "p1.json"
-    blocks = {"look": ["no numbers yet"], "ceiling": ["no numbers yet"]}
+    blocks = {name: ["no numbers yet"] for name in ("look", "ceiling", "long")}
     if look_file.exists():
         blocks["look"] = look_table(json.loads(look_file.read_text()))
     if (args.folder / "ceiling.json").exists():
         blocks["ceiling"] = ceiling_table(json.loads((args.folder / "ceiling.json").read_text()))
+    if (args.folder / "long.json").exists():
+        tries = json.loads((args.folder / "long.json").read_text())
+        plot_long(tries, args.folder / "long.png")
+        blocks["long"] = [*long_table(tries), "", "![long](long.png)"]
     for name, columns in COLUMNS.items():
         arms = found_arms(name, there)
         blocks[name] = ["no runs yet"]

@@ -23,6 +23,7 @@ import common
 import eval_geneval
 import reward
 import sample
+import shapes
 import train
 from model import PHI_1_5, load_magvit, load_models, load_showo
 from sample import transition_log_prob
@@ -344,6 +345,15 @@ def call(main, *command):
     main()
 
 
+def few_prompts(out):
+    """Write a ninth of the held-out prompts; return the flag that takes them."""
+    path = out / "few.jsonl"
+    if common.get_rank() == 0:
+        path.write_text("".join(json.dumps(x) + "\n" for x in shapes.prompts("eval")[::9]))
+    common.barrier()
+    return ["--eval-prompts", path]
+
+
 def drop_last(run, other):
     """Copy a run without its second checkpoint."""
     if common.get_rank() == 0:
@@ -365,7 +375,7 @@ def main_of_one(out):
         call(train.main, "train.py", *FLAGS, "--out", run or out / name, *flags)
         waits[name] = waits_since(before)
     kl = ("--kl", "--transition", "p1", "--ratio", "mean", "--lr", 1e-5, "--inner-epochs", 2,
-          "--grad-checkpoint", "--eval-every", 2, "--sample-every", 2)
+          "--grad-checkpoint", "--eval-every", 2, "--sample-every", 2, *few_prompts(out))
     training("kl", *kl)
     training("again", *kl, "--resume", run=drop_last(out / "kl", out / "kl-again"))
     training("plain", "--steps", 1, "--kl")
@@ -402,11 +412,12 @@ def main_of_two(out):
     """Go through what two processes do."""
     place = common.setup()
     common.setup = lambda device: place
-    flags = ["train.py", *FLAGS, "--prompts-per-step", 2, "--no-kl"]
-    call(train.main, *flags, "--out", out / "plain", "--eval-every", 2)
-    call(train.main, *flags, "--out", out / "zero", "--eval-every", 2, "--zero")
+    flags = ["train.py", *FLAGS, "--prompts-per-step", 2, "--no-kl", "--eval-every", 2,
+             *few_prompts(out)]
+    call(train.main, *flags, "--out", out / "plain")
+    call(train.main, *flags, "--out", out / "zero", "--zero")
     again = drop_last(out / "zero", out / "zero-again")
-    call(train.main, *flags, "--out", again, "--eval-every", 2, "--zero", "--resume")
+    call(train.main, *flags, "--out", again, "--zero", "--resume")
     call(sample.main, "sample.py", "--model", "shapes", "--prompt", "a photo of a red circle",
          "--prompt", "a photo of two stars", "--prompt", "a photo of a cat", "--steps", 2, "--out",
          out / "pictures")

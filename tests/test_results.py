@@ -111,15 +111,19 @@ def test_the_report_is_the_one_that_is_there(call, tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
 
 
-def test_an_experiment_runs(call, tmp_path):
+def test_an_experiment_runs_what_has_no_row_yet(call, tmp_path):
+    """Of "kl", the arm without a KL is there."""
+    tiny = dict(pair.split("=") for pair in TINY)
+    without, with_kl = (experiments.flags_of(arm | tiny)
+                        for arm in experiments.EXPERIMENTS["kl"].values())
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"flags": without, "seed": 1}) + "\n")
     call("experiments", "run", "kl", "--jobs", 1, "--seeds", 1, "--folder", tmp_path,
          "--set", *TINY)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert ["--no-kl" in row["flags"] for row in rows] == [True, False]
-    for row in rows:
-        assert row["flags"].startswith("--model shapes --reward clip:shapes/clip ")
-        assert row["seed"] == 1 and [line["step"] for line in row["eval"]] == [0, 1]
-        assert row["s_step"] > 0 and row["ratio_max"] == 1
+    _, row = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert "--no-kl" in without and row["flags"] == with_kl and "--no-kl" not in with_kl
+    assert with_kl.startswith("--model shapes --reward clip:shapes/clip ")
+    assert row["seed"] == 1 and [line["step"] for line in row["eval"]] == [0, 1]
+    assert row["s_step"] > 0 and row["ratio_max"] == 1 and row["kl_ref"] == 0
 
 
 def test_intervals_and_leads_are_those_of_a_known_table():
