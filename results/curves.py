@@ -28,7 +28,7 @@ def plot(runs: dict, path):
     axes.set(xlabel="optimizer steps", ylabel="GenEval score, held-out prompts",
              xticks=steps, ylim=(0.35, 0.9))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 

@@ -9,7 +9,8 @@ An experiment compares arms; an arm is DEFAULT with some flags of train.py excha
 seed. The reward is the tiny CLIP unless an arm says otherwise; the score is GenEval's, of 63
 held-out prompts x 8 pictures. A run leaves one row in experiments/rows.jsonl: flags, seed,
 evaluations, and means over steps of what the log holds. Arms with the same flags share their runs.
-experiments/notes.md holds what was predicted and found; report puts tables and plots into it.
+experiments/notes.md holds what was predicted and found, and the commands of the long tries, whose
+numbers are in long.json; report puts tables and plots into it.
 Intervals are 95%, Student's t over seeds; arms are compared seed by seed.
 """
 import json
@@ -279,25 +280,29 @@ def look_table(rows):
 
 def plot_long(tries, path):
     """Draw the score and the entropy of each try over its steps."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 2), ("overall", "entropy"), strict=True):
-        for name, rows in tries.items():
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, key in ((left, "overall"), (right, "entropy")):
+        for rows in tries.values():
             found = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*found, strict=True), marker="o", markersize=4, label=name)
-        axes.set(xlabel="step", title="GenEval" if key == "overall" else "entropy, nats")
+            axes.plot(*zip(*found, strict=True), marker="o", markersize=4)
         axes.grid(alpha=0.4)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    left.set(xlabel="step", title="GenEval")
+    right.set(xlabel="step", title="entropy, nats")
+    figure.legend(left.lines, list(tries), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
 
 
 def long_table(tries):
-    """Return the lines of a table: the best and the last score of each try, with their steps."""
-    lines = ["| try | best | last | position | color attr |", "|---|---|---|---|---|"]
+    """Return the lines of a table: the best and the last score of each try, with their steps, and
+    of the last what is hardest."""
+    lines = ["| try | best | last | its counting | its position | its color attr |",
+             "|---|---|---|---|---|---|"]
     for name, rows in tries.items():
         scored = [row for row in rows if "overall" in row]
         best, last = max(scored, key=lambda row: row["overall"]), scored[-1]
         cells = [f"{row['overall']:.3f} (step {row['step']})" for row in (best, last)]
-        cells += [f"{last[family]:.2f}" for family in ("position", "color_attr")]
+        cells += [f"{last[family]:.2f}" for family in ("counting", "position", "color_attr")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -403,7 +408,7 @@ def main():
     p.add_argument("names", nargs="*", metavar="NAME",
                    help=f"to run: {', '.join(EXPERIMENTS)} (default: all)")
     p.add_argument("--folder", type=Path, default=HERE,
-                   help="of rows.jsonl, p1.json and the report")
+                   help="of rows.jsonl, the other numbers and the report")
     p.add_argument("--jobs", type=in_range(int, 1), default=2, help="runs at a time")
     p.add_argument("--seeds", type=in_range(int, 0), nargs="+",
                    help="to run in place of an experiment's own")

@@ -47,7 +47,7 @@ def bench(call, out, what, *flags):
 # ------------------------------------------------------------------------------------- bench.py
 
 def test_bench_speed(tmp_path):
-    """In a process of its own, as a user starts it: it reads that process's peak of memory."""
+    """In a process of its own, as a user starts it."""
     words = ["results/bench.py", *SMALLEST, "--unmask-steps", 4, "--json", tmp_path / "a.json"]
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, timeout=300,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -114,7 +114,7 @@ def test_an_experiment_runs_what_has_no_row_yet(call, tmp_path):
     assert "--no-kl" in without and row["flags"] == with_kl and "--no-kl" not in with_kl
     assert with_kl.startswith("--model shapes --reward clip:shapes/clip ")
     assert row["seed"] == 1 and [line["step"] for line in row["eval"]] == [0, 1]
-    assert row["s_step"] > 0 and row["ratio_max"] == 1 and row["kl_ref"] == 0
+    assert row["s_step"] > 0 and row["ratio_max"] == 1
 
 
 def test_intervals_and_leads_are_those_of_a_known_table():
@@ -213,7 +213,7 @@ def test_pretraining_writes_a_base_that_loads(call, tmp_path):
 
     run = tmp_path / "run"
     call("train", "--model", tmp_path, "--vq", tmp_path / "magvitv2", "--no-kl", "--steps", 1,
-         "--prompts-per-step", 2, "--group-size", 2, "--unmask-steps", 2, "--eval-every", 0,
-         "--sample-every", 0, "--out", run)
+         "--reward", f"clip:{tmp_path / 'clip'}", "--prompts-per-step", 2, "--group-size", 2,
+         "--unmask-steps", 2, "--eval-every", 0, "--sample-every", 0, "--out", run)
     row, = read_rows(run / "metrics.jsonl")
-    assert row["ratio_mean"] == 1 and row["skipped"] == 0
+    assert row["ratio_mean"] == 1 and row["skipped"] == 0 and row["grad_norm"] > 0
