@@ -30,7 +30,7 @@ from train import move_log_prob, move_stats  # noqa: E402
 # the micro-batches of the table
 SIZES = {
     "showo-512": ({}, 50295, 8192, 1024, 50, 6, None, 2 * 986_109_441, (6, 3, 1)),
-    "tiny": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2), 35, 64, 16, 4, 6,
+    "tiny": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2), 35, 64, 16, 2, 6,
              dict(ch=32, ch_mult=[1], num_res_blocks=[1], z_channels=6), 0, (6,))}
 TEXT, PROCESSES, RANK = 25, 8, 16   # tokens of the prompt; processes of --zero; of --lora
 
@@ -99,7 +99,7 @@ def update(showo, reference, prompt, n_masked, kind):
     n_moved = [before - after for before, after in itertools.pairwise(n_masked)]
     with showo.shared_text(prompt) as text:
         text_ref = reference.prefill(prompt) if reference else None
-        for t in (0, 1, n_moved.index(max(n_moved))):
+        for t in sorted({0, 1, n_moved.index(max(n_moved))}):
             logp, logits = move_log_prob(showo, text, traj, t, kind)
             objective = clipped_objective(logp, logp.detach(), adv)
             if reference:

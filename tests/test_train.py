@@ -97,7 +97,7 @@ def of_the_mean_token(row):
     (["--transition", "p1"], on_policy),
     (["--transition", "ar"], on_policy),
     (["--loss-steps", 2, "--loss-steps-from", "random"], on_policy),
-    (["--unmask-steps", 40, "--prompts-per-step", 4], on_policy),   # more iterations than tokens
+    # more iterations than tokens
     (["--unmask-steps", 40, "--prompts-per-step", 4, "--transition", "p1"], on_policy),
     (["--trajectory", "forward", "--loss-steps", 2], on_policy),
     (["--adv", "mean", "--ratio", "mean", "--inner-epochs", 2], of_the_mean_token),
