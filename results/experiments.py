@@ -253,6 +253,22 @@ def ceiling_table(found):
     return lines
 
 
+def plot_ceiling(found, path):
+    """Draw, per family, the share of right pictures, that of the worst prompt, and best of n."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, rule in zip(figure.subplots(1, 2, sharey=True), ("overall", "exact"), strict=True):
+        names = [tag.replace("_", " ") for tag in found]
+        for key, label, mark in (("best", "best of 64", "_"), ("share", "share right", "o"),
+                                 ("least", "worst prompt", "v")):
+            values = [row[rule][key] for row in found.values()]
+            axes.plot(names, values, mark, markersize=12 if mark == "_" else 6, label=label)
+        axes.set(title=rule, ylim=(0, 1.05))
+        axes.tick_params(axis="x", rotation=30)
+        axes.grid(axis="y", alpha=0.4)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
 def plot_scores(arms, path):
     """Draw GenEval's score and CLIP's over the steps of each arm, means over seeds."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -314,7 +330,9 @@ def report(args):
     if look_file.exists():
         blocks["look"] = look_table(json.loads(look_file.read_text()))
     if (args.folder / "ceiling.json").exists():
-        blocks["ceiling"] = ceiling_table(json.loads((args.folder / "ceiling.json").read_text()))
+        found = json.loads((args.folder / "ceiling.json").read_text())
+        plot_ceiling(found, args.folder / "ceiling.png")
+        blocks["ceiling"] = [*ceiling_table(found), "", "![ceiling](ceiling.png)"]
     if (args.folder / "long.json").exists():
         tries = json.loads((args.folder / "long.json").read_text())
         plot_long(tries, args.folder / "long.png")
