@@ -63,6 +63,14 @@ def test_bench_speed(tmp_path):
     assert all(0.1 < peak < 2 for peak in peaks.values())
 
 
+def test_bench_memory_of_one(call, tmp_path):
+    """In this process, whose peak is that of other tests, too, so its size is not looked at."""
+    found = bench(call, tmp_path, "memory", "--who", "ours", "--transition", "p1",
+                  "--unmask-steps", 4)
+    assert found.keys() == {"update_peak_gb"} and found["update_peak_gb"].keys() == {"ours"}
+    assert found["update_peak_gb"]["ours"] > 0
+
+
 def test_bench_ladder(call, tmp_path):
     found = bench(call, tmp_path, "ladder")
     assert (found["masked"], found["new"]) == (25, 4)
