@@ -14,19 +14,15 @@ Three things are passed around:
     colours     {class: [colour, ...]}, one per box that filter_detections keeps, in its order
 
 Rules and texts are those of djghosh13/geneval, evaluate_images.py and summary_scores.py.
-
-Departures:
-- the detector is transformers' Mask2Former with mmdet's post-processing. Its weights come from
-  another training run than mmdet's, so absolute numbers shift, those of counting most: numbers of
-  different detectors cannot be compared, and summary.json names the one that was used;
-- summary.json also holds 95% intervals, by bootstrap over prompts;
-- strict_score and exact_score are no part of GenEval, but its rules made into training rewards.
+Departures: the detector is transformers' Mask2Former with mmdet's post-processing. Its weights are
+of another training run than mmdet's, so compare only numbers of one detector (summary.json names
+it). strict_score and exact_score are not part of GenEval: they make its rules training rewards.
 """
+import argparse
 import functools
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +32,12 @@ from PIL import Image
 
 import common
 import shapes
-from checkpoint import InputError, fetch, first_line, is_shapes, read_json, write_json
-from model import describe, load_models
+from checkpoint import fetch, write_json
+from model import is_shapes, load_models
 from sample import generate
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+RULES = ("exact", "strict", "partial", "official")      # as rewards, see verdicts()
 COLOUR_CLIP = "ViT-L-14-quickgelu/openai"
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, OVERLAP = 0.3, 0.9, 16, 0.1
 SHARES = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
@@ -57,17 +54,14 @@ CLASSES = (  # entry i is the detector's class i
     "hair drier,toothbrush").split(",")
 
 
-# ------------------------------------------------------------------------------------- prompts
-
 def geneval_prompts(seed: int = 43, n: int = 100) -> list[dict]:
-    """Return the examples, n of each tag less duplicates; the defaults give the official 553.
-
-    Source: djghosh13/geneval, prompts/create_prompts.py."""
+    """Return the examples, n of each tag less duplicates; the defaults give the official 553 of
+    djghosh13/geneval, prompts/create_prompts.py."""
     rng = np.random.default_rng(seed)
     examples = []
     for i in rng.choice(len(CLASSES), size=min(n, len(CLASSES)), replace=False):
         x = {"class": CLASSES[i], "count": 1}
-        examples.append(_example("single_object", [x], _an(x)))
+        examples.append(shapes.line("single_object", _an(x), x))
     for tag in ("two_object", "counting", "colors", "position", "color_attr"):
         examples += [draw_example(tag, rng) for _ in range(n)]
     return list({json.dumps(example): example for example in examples}.values())
@@ -80,26 +74,24 @@ def draw_example(tag, rng) -> dict:
         name, count = _pick(rng, CLASSES), int(rng.integers(2, 4, endpoint=True))
         x, more = {"class": name, "count": count}, {"class": name, "count": count + 1}
         text = f"{shapes.NUMBERS[count]} {shapes.plural(name)}"
-        return _example(tag, [x], text, exclude=[more])
+        return shapes.line(tag, text, x, exclude=[more])
     if tag == "colors":
         x = {"class": _pick(rng, things), "count": 1, "color": _pick(rng, COLOURS)}
-        return _example(tag, [x], _an(x))
+        return shapes.line(tag, _an(x), x)
     names = _pick_two(rng, things if tag == "color_attr" else CLASSES)
     x, y = ({"class": name, "count": 1} for name in names)
     if tag == "position":
         relation = _pick(rng, RELATIONS)
         text = f"{_an(x)} {relation} {_an(y)}"
-        return _example(tag, [y, x | {"position": [relation, 0]}], text)
+        return shapes.line(tag, text, y, x | {"position": [relation, 0]})
     if tag == "color_attr":
         x["color"], y["color"] = _pick_two(rng, COLOURS)
-    return _example(tag, [x, y], f"{_an(x)} and {_an(y)}")
+    return shapes.line(tag, f"{_an(x)} and {_an(y)}", x, y)
 
 
 def training_prompts(n: int, seed: int = 0) -> list[dict]:
     """Return n examples to train on, none of which asks what an official prompt asks, whatever the
-    order of its two objects.
-
-    Position : counting : color_attr : colors : two_object = 7:5:3:1:1, as in yifan123/flow_grpo."""
+    order of its two objects. The SHARES of the tags are those of yifan123/flow_grpo."""
     rng, held_out = np.random.default_rng(seed), {_asks(e) for e in geneval_prompts()}
     shares = np.array(list(SHARES.values())) / sum(SHARES.values())
     examples = []
@@ -111,16 +103,26 @@ def training_prompts(n: int, seed: int = 0) -> list[dict]:
     return examples
 
 
+def check_metadata(examples, tiny):
+    """End the program with a line unless each example has metadata, of things that the detector
+    knows; others would have the reward 0 for ever. tiny: the detector of shapes."""
+    classes, colours = (shapes.CLASSES, list(shapes.COLOURS)) if tiny else (CLASSES, COLOURS)
+    for example in examples:
+        for clause in [*example.get("include", [{}]), *example.get("exclude", [])]:
+            if not ("tag" in example and clause.get("class") in classes and "count" in clause
+                    and clause.get("color", colours[0]) in colours
+                    and clause.get("position", RELATIONS)[0] in RELATIONS):
+                raise SystemExit(f"GenEval's rules need a tag and metadata, of a class, colour and "
+                                 f"relation that the detector knows: {clause} of the prompt "
+                                 f"{example['prompt']!r} is not")
+
+
 def _asks(example):
     """Return what a prompt asks, less the order of its objects and the sense of its relation."""
     axis = {"left of": 0, "right of": 0, "above": 1, "below": 1}
     return example["tag"], frozenset(
         (clause["class"], clause["count"], clause.get("color")) for clause in example["include"]), {
         axis[clause["position"][0]] for clause in example["include"] if "position" in clause} == {1}
-
-
-def _example(tag, include, text, **exclude):
-    return {"tag": tag, "include": include, **exclude, "prompt": f"a photo of {text}"}
 
 
 def _an(clause):
@@ -135,51 +137,9 @@ def _pick_two(rng, names):
     return [names[i] for i in rng.choice(len(names), size=2, replace=False)]
 
 
-def is_geneval(example) -> bool:
-    """Return whether a JSON value is an example: tag, prompt, and clauses of the right form."""
-    try:
-        texts = [example["tag"], example["prompt"]]
-        for clauses in (example["include"], example.get("exclude", [])):
-            for i, clause in enumerate(clauses):
-                texts.append(clause["class"])
-                if type(clause["count"]) is not int or not 1 <= clause["count"] <= 1000:
-                    return False
-                if "position" in clause:
-                    relation, target = clause["position"]
-                    texts.append(relation)
-                    if type(target) is not int or not 0 <= target < i:  # an earlier clause
-                        return False
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return False
-    return len(example["include"]) > 0 and all(isinstance(text, str) for text in texts)
-
-
-def check_example(example, where, tiny=False):
-    """Raise InputError unless an example has metadata, and asks for classes, colours and relations
-    that the detector can find (else its reward would be 0 for ever).
-
-    tiny: the detector is that of shapes.py."""
-    if not is_geneval(example):
-        raise InputError(f"{where} lacks GenEval metadata (tag, include, prompt)")
-    if example["tag"] in common.NOT_TAGS:
-        raise InputError(f"{where}: the tag {example['tag']!r} is the name of another number")
-    classes, colours = (shapes.CLASSES, shapes.COLOURS) if tiny else (CLASSES, COLOURS)
-    unknown = []
-    for clause in [*example["include"], *example.get("exclude", [])]:
-        relation = clause.get("position", [None])[0]
-        unknown += [] if clause["class"] in classes else [clause["class"]]
-        unknown += [] if clause.get("color") in (None, *colours) else [str(clause["color"])]
-        unknown += [] if relation in (None, *RELATIONS) else [relation]
-    if unknown:
-        raise InputError(f"{where}: the detector does not know {', '.join(unknown)}")
-
-
-# ------------------------------------------------------------------------------------- scoring
-
 def filter_detections(raw: dict, tag: str) -> dict:
-    """Return the detections that count: score over 0.3 (0.9 for counting), 16 a class, best first.
-
-    Scores are compared in float32, equal ones come in reverse order; empty classes are dropped."""
+    """Return the detections that count: score over 0.3 (0.9 for counting), 16 a class, best first,
+    equal ones in reverse order."""
     threshold = np.float32(COUNTING_THRESHOLD if tag == "counting" else THRESHOLD)
     kept = {}
     for name, boxes in raw.items():
@@ -190,20 +150,9 @@ def filter_detections(raw: dict, tag: str) -> dict:
     return kept
 
 
-def compute_iou(a, b) -> float:
-    """Return the official intersection over union of boxes (x1, y1, x2, y2, ...), sides + 1."""
-    def area(x1, y1, x2, y2):
-        return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
-
-    shared = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    union = area(*a[:4]) + area(*b[:4]) - shared
-    return shared / union if union else 0.0
-
-
 def relative_position(a, b) -> set[str]:
-    """Return where box a lies seen from box b: at most two of left of, right of, above, below.
-
-    The centres' offset is first shortened by a tenth of the boxes' sizes; none if that is all."""
+    """Return where box a lies seen from box b: at most two of RELATIONS, none if the centres are
+    no further apart than a tenth of the boxes' sizes, by which the offset is shortened."""
     offset, shortened = [], []
     for k in (0, 1):
         distance = (a[k] + a[k + 2] - b[k] - b[k + 2]) / 2
@@ -220,8 +169,8 @@ def relative_position(a, b) -> set[str]:
 def check_clauses(detections, metadata, colours, strict):
     """Return what is wrong (texts), and credits for each count, colour and position (1 = right).
 
-    strict: a class needs exactly its number of boxes, and exclude is not looked at; else the
-    official rules, which look at the best boxes alone."""
+    strict: a class needs exactly its number of boxes, exclude does not count; else the official
+    rules, for which the best boxes alone count."""
     faults, credits = [], []
     matched = []  # the boxes of each clause, None when it is not fulfilled
     for clause in metadata.get("include", []):
@@ -275,7 +224,6 @@ def _check_position(name, boxes, relation, targets):
 
 def score(detections: dict, metadata: dict, colours: dict) -> tuple[bool, str]:
     """Return the official verdict: whether a picture is correct, and why not, a line per fault.
-
     detections: filtered; metadata: an example; colours: of the classes with a colour clause."""
     faults, _ = check_clauses(detections, metadata, colours, strict=False)
     return not faults, "\n".join(faults)
@@ -284,42 +232,38 @@ def score(detections: dict, metadata: dict, colours: dict) -> tuple[bool, str]:
 def strict_score(detections: dict, metadata: dict, colours: dict) -> tuple[bool, str, float]:
     """Return the verdict of GenEval as a training reward: correct, reason, partial credit.
 
-    Correct needs exactly the wanted number of each class. The credit is the mean over all counts,
-    colours and positions; many boxes too many make it very negative. Source:
-    yifan123/reward-server, but a position counts once (as in Yovecent/UDM-GRPO)."""
+    Correct needs exactly the wanted number of each class. The credit is the mean over counts,
+    colours and positions; surplus boxes can make it very negative. Source: yifan123/reward-server,
+    but a position counts once (as in Yovecent/UDM-GRPO)."""
     faults, credits = check_clauses(detections, metadata, colours, strict=True)
     return not faults, "\n".join(faults), sum(credits) / len(credits) if credits else 0.0
 
 
 def exact_score(raw: dict, metadata: dict, colours: dict) -> bool:
-    """Return whether strict_score accepts raw detections that hold nothing else over 0.3.
-
-    The one verdict of the three that cannot be pleased by drawing more objects."""
+    """Return whether strict_score accepts raw detections that hold nothing else over 0.3: the only
+    verdict of the three that does not gain by more objects."""
     strict, _, _ = strict_score(filter_detections(raw, metadata["tag"]), metadata, colours)
-    return strict and _n_objects(raw) == _n_asked(metadata)
+    n_asked = sum(clause["count"] for clause in metadata.get("include", []))
+    return strict and n_objects(raw) == n_asked
 
 
-def _n_objects(raw):
+def n_objects(raw):
     return sum(map(len, filter_detections(raw, "").values()))
-
-
-def _n_asked(metadata):
-    return sum(clause["count"] for clause in metadata.get("include", []))
 
 
 def verdicts(examples: list[dict], found: list) -> dict:
     """Return numbers, Float[B] each, of B examples and what a detector found in their pictures.
 
-    found: B pairs (raw detections, colours). "overall": the official verdict; "exact": exact_score;
-    "objects": boxes over 0.3 in the picture; "objects_asked": those of the prompt."""
-    rows = {"overall": [], "exact": [], "objects": [], "objects_asked": []}
+    found: B pairs (raw detections, colours). "official": score(); "exact", "strict", "partial":
+    exact_score and strict_score; "objects": boxes over 0.3 in the picture."""
+    rows = []
     for example, (raw, colours) in zip(examples, found, strict=True):
         kept = filter_detections(raw, example["tag"])
-        rows["overall"].append(score(kept, example, colours)[0])
-        rows["exact"].append(exact_score(raw, example, colours))
-        rows["objects"].append(_n_objects(raw))
-        rows["objects_asked"].append(_n_asked(example))
-    return {name: torch.tensor(values, dtype=torch.float) for name, values in rows.items()}
+        strict, _, partial = strict_score(kept, example, colours)
+        rows.append({"official": score(kept, example, colours)[0], "strict": strict,
+                     "partial": partial, "exact": exact_score(raw, example, colours),
+                     "objects": n_objects(raw)})
+    return {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
 
 
 def summary(rows: list[dict]) -> str:
@@ -341,9 +285,8 @@ def summary(rows: list[dict]) -> str:
 
 
 def scores(rows: list[dict], resamples: int = 2000) -> dict:
-    """Return {"overall" and each tag: [share of correct pictures, low, high]} of results rows.
-
-    A 95% interval by bootstrap over the prompts of each tag; overall is the mean over tags."""
+    """Return {"overall" and each tag: [share of correct pictures, low, high]} of results rows: a
+    95% interval by bootstrap over the prompts of each tag; overall is the mean over tags."""
     rng = np.random.default_rng(0)
     by_tag = {}
     for row in rows:
@@ -362,45 +305,37 @@ def scores(rows: list[dict], resamples: int = 2000) -> dict:
             for tag, share in shares.items()}
 
 
-# ----------------------------------------------------------------------------------- detection
-
 def load_clip(name: str, device="cpu"):
     """Load a CLIP model by open_clip: (model, its transform of PIL pictures, tokenizer).
 
-    name: MODEL/PRETRAINED of open_clip, where PRETRAINED may be a file; or a hub id or folder with
-    open_clip_config.json. Raises InputError when it cannot be loaded."""
+    name: MODEL/PRETRAINED of open_clip, PRETRAINED a tag or a file; or a hub id or folder with
+    open_clip_config.json and weights."""
     import open_clip
     model_name, _, pretrained = name.partition("/")
+    sound = pretrained
     if model_name not in open_clip.list_models():
-        folder = fetch(name, ["open_clip_config.json", "open_clip"])
-        if not any(folder.glob("open_clip_*model.*")):
-            raise InputError(f"clip {name}: no open_clip_model.safetensors there")
-        model_name, pretrained = f"local-dir:{folder}", None
-    elif not pretrained:
-        raise InputError(f"clip {name}: wanted MODEL/PRETRAINED, such as {COLOUR_CLIP}")
+        folder, pretrained = fetch(name), None
+        sound, model_name = any(folder.glob("open_clip_*model.*")), f"local-dir:{folder}"
+    if not sound:       # open_clip would go on with random weights
+        raise SystemExit(f"clip:{name}: wanted MODEL/PRETRAINED, such as {COLOUR_CLIP}, or a folder"
+                         " with open_clip_config.json and open_clip_model.safetensors")
     try:
         model, _, transform = open_clip.create_model_and_transforms(
             model_name, pretrained=pretrained, device=device)
-        tokenizer = open_clip.get_tokenizer(model_name)
-    except Exception as error:  # the hub client's errors have no common class
-        raise InputError(f"clip {name}: open_clip cannot load it ({first_line(error)}); check the "
-                         "name and the network, or give MODEL/PATH-TO-WEIGHTS") from None
-    return freeze_for_scoring(model, device), transform, tokenizer
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"clip:{name}: open_clip cannot load it ({str(error).splitlines()[0]}); "
+                         "check the name, the file and the network") from None
+    return freeze_for_scoring(model, device), transform, open_clip.get_tokenizer(model_name)
 
 
 def freeze_for_scoring(model, device):
-    """Return a CLIP model on device without gradients, in half precision on a GPU.
-
-    logit_scale stays in float32: exp() would magnify its rounding."""
+    """Return a CLIP model on device without gradients, in half precision on a GPU, but for
+    logit_scale: exp() would magnify its rounding."""
     scale = model.logit_scale.data.float()
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     model.eval().requires_grad_(False).to(device, dtype)
     model.logit_scale.data = scale.to(device)
     return model
-
-
-def _resize(x, size):
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def instances(class_logits, mask_logits, padded, resized, original, max_per_image=100,
@@ -434,37 +369,27 @@ def instances(class_logits, mask_logits, padded, resized, original, max_per_imag
     return labels, boxes, masks[index]
 
 
+def _resize(x, size):
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
 class Detector(torch.nn.Module):
     """Mask2Former for the objects, zero-shot CLIP for their colours.
 
     Called with images uint8[B, 3, H, W] and B examples, it returns B pairs: detections in ascending
-    score, and colours of the classes whose colour is asked for. batch: pictures at a time, about
-    1 GB each at 800 x 800. Raises InputError when the weights are not a COCO detector's."""
+    score, and colours of the classes whose colour is asked for. batch: pictures at a time; one of
+    800 x 800 needs about 1 GB."""
     SHORT_SIDE, LONG_SIDE = 800, 1333   # pixels
 
     def __init__(self, name=DETECTOR, device="cpu", batch=8):
         from transformers import Mask2FormerForUniversalSegmentation
         super().__init__()
         self.batch, self.texts = batch, {}
-        folder = fetch(name, ["config", "weights"])
-        try:
-            self.model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
-                folder, output_loading_info=True)
-        except (OSError, ImportError, RuntimeError, ValueError) as error:
-            raise InputError(f"--detector {name}: cannot load it ({first_line(error)}); "
-                             "give its hub id or a folder") from None
-        parameters = dict(self.model.named_parameters())
-        missing = sorted(set(info["missing_keys"]) & parameters.keys())
-        n_classes = self.model.config.num_labels
-        if missing or n_classes != len(CLASSES):
-            raise InputError(
-                f"--detector {name}: not a Mask2Former for the {len(CLASSES)} COCO classes "
-                f"({n_classes} classes, {len(missing)} weights missing, e.g. {missing[:1]})")
+        self.model = Mask2FormerForUniversalSegmentation.from_pretrained(fetch(name))
         self.clip, self.transform, self.tokenizer = load_clip(COLOUR_CLIP, device)
         self.eval().requires_grad_(False).to(device)
 
     def forward(self, images, examples):
-        """Return B pairs (detections, colours); see above."""
         found = []
         for i in range(0, len(examples), self.batch):
             found += self.detect_batch(images[i:i + self.batch], examples[i:i + self.batch])
@@ -472,7 +397,6 @@ class Detector(torch.nn.Module):
 
     @torch.no_grad()
     def detect_batch(self, images, examples):
-        """Do the work of forward() for as many pictures as fit into memory."""
         original = images.shape[-2:]
         pixels, padded, resized = self.preprocess(images)
         raw = self.model(pixel_values=pixels)
@@ -494,9 +418,8 @@ class Detector(torch.nn.Module):
         return found
 
     def preprocess(self, images):
-        """Return the network's input Float[B, 3, h, w], its size, and the size without padding.
-
-        The short side to SHORT_SIDE, the long one at most LONG_SIDE; grey up to multiples of 32."""
+        """Return the network's input Float[B, 3, h, w], its size, and the size without padding:
+        the short side is SHORT_SIDE, the long one at most LONG_SIDE; grey up to multiples of 32."""
         height, width = images.shape[-2:]
         scale = min(self.LONG_SIDE / max(height, width), self.SHORT_SIDE / min(height, width))
         resized = [int(side * scale + 0.5) for side in (height, width)]
@@ -519,8 +442,7 @@ class Detector(torch.nn.Module):
 
     def colours(self, image, name, boxes, masks):
         """Return the colours of a class's boxes, by CLIP on their crops, grey outside the masks.
-
-        The preprocessing is PIL's own: an argmax can hang on the last bit."""
+        PIL resizes them: an argmax can hang on the last bit."""
         picture = image.permute(1, 2, 0).cpu().numpy()
         crops = []
         for box, mask in zip(boxes, masks, strict=False):  # masks of boxes that do not count follow
@@ -532,77 +454,30 @@ class Detector(torch.nn.Module):
         return [COLOURS[i] for i in similarity.argmax(1).tolist()]
 
 
-def load_detector(name, device="cpu", batch=8):
-    """Return the exact detector of shapes.py for the name "shapes", else a Detector."""
-    return shapes.detect if name == "shapes" else Detector(name, device, batch)
+load_detector = functools.cache(Detector)       # one for all rewards
 
 
-# ------------------------------------------------------------------------ pictures and results
-
-def read_batches(files, batch):
-    """Yield files and their pictures, uint8[b, 3, H, W]: at most batch in a row, of one size.
-
-    Raises InputError for a picture that cannot be read."""
-    names, pictures = [], []
-    for file in files:
-        picture = common.read_picture(file)
-        if picture is None:
-            raise InputError(f"{file}: is not a readable picture; draw or copy it again")
-        if pictures and (len(pictures) == batch or picture.shape != pictures[0].shape):
-            yield names, torch.stack(pictures)
-            names, pictures = [], []
-        names.append(file)
-        pictures.append(picture)
-    if pictures:
-        yield names, torch.stack(pictures)
-
-
-def draw_folder(out, examples, n, draw, batch, rank=0, world=1) -> int:
-    """Draw n pictures per example in the official layout, and return how many were drawn.
-
-    Writes OUT/NNNNN/metadata.jsonl and samples/0000.png ...; whole pictures that are there stay.
-    draw, batch: see common.draw_files; an example's seed is its number. Process rank of world draws
-    every world-th example. Raises InputError when a folder holds another prompt."""
-    mine = range(rank, len(examples), world)
-    for i in mine:
-        folder, text = out / f"{i:05d}", json.dumps(examples[i])
-        metadata = folder / "metadata.jsonl"
-        before = metadata.read_bytes() if metadata.exists() else b""
-        if before not in (b"", text.encode()):
-            raise InputError(f"--out {out}: {folder.name} belongs to another prompt; "
-                             "choose a new folder")
+def draw_folder(out, examples, n, draw, batch, rank, world):
+    """Draw n pictures of every world-th example in the official layout, OUT/NNNNN/metadata.jsonl
+    and samples/; pictures that are there stay, even if other flags drew them."""
+    files = {}
+    for i in range(rank, len(examples), world):
+        folder = out / f"{i:05d}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        if not before:
-            metadata.write_text(text)
-    files = {i: [out / f"{i:05d}/samples/{k:04d}.png" for k in range(n)] for i in mine}
-    return common.draw_files(files, [example["prompt"] for example in examples], n, draw, batch)
+        (folder / "metadata.jsonl").write_text(json.dumps(examples[i]))
+        files[i] = [folder / f"samples/{k:04d}.png" for k in range(n)]
+    return common.draw_missing(files, examples, draw, batch)
 
 
-def prompt_folders(out):
-    """Return the folders of the official layout, OUT/NNNNN."""
-    return sorted(f for f in out.glob("*") if f.is_dir() and f.name.isdigit())
-
-
-def score_folder(out, detect, batch=8, rank=0, world=1) -> list[dict]:
-    """Score the pictures of the official layout, and return the rows of results.jsonl.
-
-    Columns as upstream: filename, tag, prompt, correct, reason, metadata, details.
-    detect(uint8[B, 3, H, W], examples) returns [(detections, colours), ...]. Process rank of world
-    takes every world-th prompt. Raises InputError for another layout, or a broken picture."""
-    examples = {}  # of each picture
-    for folder in prompt_folders(out)[rank::world]:
-        example = read_json(folder / "metadata.jsonl")
-        check_example(example, f"{folder}/metadata.jsonl:", detect is shapes.detect)
-        files = sorted(f for f in (folder / "samples").glob("*.png") if f.stem.isdigit())
-        if not files:
-            raise InputError(f"{folder}/samples: holds no picture; draw it, or remove the folder")
-        examples |= dict.fromkeys(files, example)
-
-    rows = []
-    for files, images in read_batches(examples, batch):
-        found = detect(images, [examples[file] for file in files])
+def score_folder(out, detect, rank=0, world=1) -> list[dict]:
+    """Score the pictures of the official layout -> rows of results.jsonl, columns as upstream."""
+    rows, folders = [], sorted(f for f in out.glob("*") if f.is_dir() and f.name.isdigit())
+    for folder in folders[rank::world]:
+        example = json.loads((folder / "metadata.jsonl").read_text())
+        files = sorted((folder / "samples").glob("*.png"))
+        images = torch.stack([common.read_picture(file) for file in files])
+        found = detect(images, [example] * len(files))
         for file, (raw, colours) in zip(files, found, strict=True):
-            example = examples[file]
             kept = filter_detections(raw, example["tag"])
             correct, reason = score(kept, example, colours)
             rows.append({"filename": str(file), "tag": example["tag"], "prompt": example["prompt"],
@@ -612,115 +487,63 @@ def score_folder(out, detect, batch=8, rank=0, world=1) -> list[dict]:
 
 
 def report(out, rows, facts):
-    """Write results.jsonl, failures.txt, summary.txt and summary.json, and print the summary.
-
-    facts: what else belongs into summary.json, such as the detector's name."""
-    failures = [f"{row['filename']}: {row['prompt']}: {'; '.join(row['reason'].splitlines())}\n"
-                for row in rows if not row["correct"]]
+    """Write results.jsonl, summary.txt and summary.json, and print the summary."""
     text, numbers = summary(rows), scores(rows)
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "failures.txt").write_text("".join(failures))
     (out / "summary.txt").write_text(text)
-
+    write_json(out / "summary.json", {
+        **{tag: share for tag, (share, _, _) in numbers.items()}, "images": len(rows), **facts,
+        "interval95": {tag: [low, high] for tag, (_, low, high) in numbers.items()}})
+    print(text, *(f"{tag:<16} {share:.3f} [{low:.3f}, {high:.3f}]"
+                  for tag, (share, low, high) in numbers.items()), sep="\n")
     # almost any generator draws single objects that a sound detector finds
     seen = [row["details"] != "{}" for row in rows if row["tag"] == "single_object"]
-    warning = {}
     if len(seen) >= 20 and np.mean(seen) < 0.25:
-        warning["warning"] = (f"in only {np.mean(seen):.0%} of the single_object pictures the "
-                              "detector is sure of any object; its weights look wrong (or the "
-                              "pictures are)")
-    shares = {tag: share for tag, (share, _, _) in numbers.items()}
-    intervals = {tag: [low, high] for tag, (_, low, high) in numbers.items()}
-    write_json(out / "summary.json",
-               {**shares, "images": len(rows), **facts, **warning, "interval95": intervals})
-
-    with_intervals = [f"{tag} {share:.3f} [{low:.3f}, {high:.3f}]"
-                      for tag, (share, low, high) in numbers.items()]
-    print(f"{text}\n95% intervals (bootstrap over prompts): {', '.join(with_intervals)}")
-    print(", ".join(f"{name}: {value}" for name, value in facts.items()))
-    if warning:
-        print(f"WARNING: {warning['warning']}", file=sys.stderr)
-
-
-# -------------------------------------------------------------------------------- command line
-
-def add_flags(add):
-    """Add the flags of this script; add: a parser's add_argument."""
-    add("--out", help="folder for pictures and results; whole pictures in it are kept")
-    add("--score-only", metavar="DIR", help="score pictures that lie in the official layout")
-    add("--images-only", action="store_true", help="draw, for another scorer")
-    add("--write-prompts", metavar="FILE", help="write --n training prompts, none of the 553")
-    add("--seed", type=common.in_range(int, 0, 2 ** 31), default=0, help="of --write-prompts")
-    add("--prompts", help="jsonl with GenEval metadata (default: the 553 official prompts, or the "
-        "63 held-out ones of shapes)")
-    add("--n", "--images-per-prompt", dest="n", type=common.in_range(int, 1), default=4,
-        help="pictures per prompt (under torchrun, give the long name), or training prompts")
-    add("--detector", help=f"hub id or folder of a Mask2Former, or shapes (default: {DETECTOR}; "
-        "shapes for --model shapes)")
-    add("--detect-batch", type=common.in_range(int, 1), default=8, help="pictures at a time")
-    common.add_model_flags(add)
-    common.add_sampling_flags(add)
+        print(f"WARNING: objects found in only {np.mean(seen):.0%} of the single_object pictures: "
+              "the detector's weights look wrong", file=sys.stderr)
 
 
 def main():
-    p = common.Parser("Draw the evaluation prompts, detect, score: results.jsonl, summary.txt, "
-                      "summary.json, failures.txt. Several processes by torchrun.")
-    add_flags(p.add_argument)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.error, add = sys.exit, p.add_argument
+    add("--out", type=Path, help="folder to draw into and score; pictures in it are kept")
+    add("--score-only", type=Path, metavar="DIR", help="pictures that lie in the official layout")
+    add("--images-only", action="store_true", help="draw, for another scorer")
+    add("--write-prompts", type=Path, metavar="FILE", help="write --n training prompts")
+    add("--prompts", help="jsonl with metadata (default: the 553 official ones, or shapes' 63)")
+    add("--n", type=int, default=4, help="pictures per prompt, or training prompts")
+    add("--detector", default=DETECTOR, help="hub id or folder of a Mask2Former")
+    common.add_model_flags(add)
+    common.add_sampling_flags(p)
     args = p.parse_args()
-
     if args.write_prompts:
-        lines = [json.dumps(example) + "\n" for example in training_prompts(args.n, args.seed)]
-        Path(args.write_prompts).write_text("".join(lines))
-        return
-    if bool(args.out) == bool(args.score_only) or (args.images_only and args.score_only):
-        p.error("give --out DIR to draw (and score), or --score-only DIR")
-    out = Path(args.out or args.score_only)
-    if args.score_only and not prompt_folders(out):
-        p.error(f"--score-only {out}: not a folder of the official layout (NNNNN/metadata.jsonl, "
-                "NNNNN/samples/0000.png)")
-    if args.prompts:
-        examples = common.read_prompts(args.prompts)
-    else:
-        examples = shapes.prompts("eval") if is_shapes(args.model) else geneval_prompts()
-    name = args.detector or ("shapes" if is_shapes(args.model) else DETECTOR)
-    for number, example in enumerate(examples, 1):
-        check_example(example, f"--prompts {args.prompts}: prompt {number}", name == "shapes")
+        lines = [json.dumps(example) + "\n" for example in training_prompts(args.n)]
+        return args.write_prompts.write_text("".join(lines))
 
+    tiny, out = is_shapes(args.model), args.score_only or args.out
+    if not out:
+        p.error("give --out, the folder to draw into, or --score-only, a folder of pictures")
+    examples = shapes.prompts("eval") if tiny else geneval_prompts()
+    examples = common.read_prompts(args.prompts) if args.prompts else examples
+    check_metadata(examples, tiny)
     rank, world, device = common.setup(args.device)
-    sampling, dtype = common.sampling_settings(args), common.choose_dtype(args.dtype, device)
-    batch = sampling.pop("batch")  # the pictures do not depend on it
-    if args.out:
-        ckpt = str(Path(args.ckpt).absolute()) if args.ckpt else None
-        common.prepare_out(out, {"model": args.model, "ckpt": ckpt, "vq": args.vq, **sampling,
-                                 "dtype": str(dtype).removeprefix("torch."), "n": args.n}, rank)
-
-    if not args.images_only:  # before the drawing, so that its faults show at once
-        detector = load_detector(name, device, args.detect_batch)
-
-    if args.out:
-        showo, magvit = load_models(args.model, ckpt=args.ckpt, vq=args.vq,
-                                    tokenizer=args.tokenizer, device=device, dtype=dtype)
-        if rank == 0:
-            print(describe(showo, magvit), flush=True)
-        start = time.time()
-        draw = functools.partial(generate, showo, magvit, batch=batch, **sampling)
-        drawn = draw_folder(out, examples, args.n, draw, batch, rank, world)
-        speed = drawn / (time.time() - start)
-        print(f"process {rank}: drew {drawn} pictures, {speed:.2f} a second", flush=True)
+    if not args.images_only:        # before the drawing, so that its faults show at once
+        detect = shapes.detect if tiny else Detector(args.detector, device)
+    if not args.score_only:
+        showo, magvit = load_models(args.model, ckpt=args.ckpt, vq=args.vq, device=device,
+                                    dtype=common.choose_dtype(args.dtype, device),
+                                    compiled=args.compile)
+        draw = functools.partial(generate, showo, magvit, **common.sampling_settings(args))
+        draw_folder(out, examples, args.n, draw, args.batch, rank, world)
         del showo, magvit, draw
         common.barrier()
-
     if not args.images_only:
-        start = time.time()
-        rows = score_folder(out, detector, args.detect_batch, rank, world)
-        rows = sorted(common.all_lists(rows), key=lambda row: row["filename"])
-        facts = {"detector": name, "colours": COLOUR_CLIP}
-        if name == "shapes":
-            facts = dict.fromkeys(facts, "shapes, exact")
-        facts["judged_per_s"] = round(len(rows) / (time.time() - start), 2)
+        rows = common.all_lists(score_folder(out, detect, rank, world))
+        rows.sort(key=lambda row: row["filename"])
+        if not rows:
+            p.error(f"{out}: no pictures there, OUT/NNNNN/samples/*.png")
         if rank == 0:
-            report(out, rows, facts)
-    common.barrier()
+            report(out, rows, {"detector": "shapes, exact" if tiny else args.detector})
 
 
 if __name__ == "__main__":

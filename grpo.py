@@ -6,7 +6,7 @@ samples of each, T iterations.
 Departures from the paper:
 - the log of a ratio is bounded by 60, so that no gradient is NaN;
 - the filter sees some groups before it acts, and keeps the stds of all groups of the run;
-- the "mean" advantage and the mean token's ratio are later work's, off by default.
+- a reward that is NaN (no score) has advantage 0, and its group goes on without it.
 Departures from the released code, which are the paper's:
 - released: the KL compares the policy with itself, whose gradient is 0; here: with a frozen one;
 - released: the ratio is always 1; here: it leaves 1 when rollouts serve a second optimizer step;
@@ -16,19 +16,19 @@ Departures from the released code, which are the paper's:
 import torch
 
 
-def group_advantages(rewards, kind="std"):
+def group_advantages(rewards):
     """Return the advantages of rewards Float[P, G], each group against its own mean: Float[P, G].
 
-    kind "mean": not divided by the standard deviation (Dr. GRPO, arXiv 2503.20783). The standard
-    deviation is the sample's (G - 1). A group of equal rewards has zero advantages. Raises
-    ValueError for another kind, or G below 2."""
-    if rewards.dim() != 2 or rewards.shape[1] < 2 or kind not in ("std", "mean"):
-        raise ValueError(f"group_advantages: rewards of shape {list(rewards.shape)}, wanted [P, G] "
-                         f"with G of at least 2; kind {kind!r}, wanted std or mean")
-    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
-    equal = std <= 1e-6 * rewards.abs().amax(1, keepdim=True)   # rounding of the mean, no more
-    scale = torch.where(equal | (kind == "mean"), 1.0, std)
-    return torch.where(equal, 0.0, (rewards - mean) / scale)                        # Eq. 12
+    The standard deviation is the sample's (G - 1). Equal rewards have zero advantages. A reward
+    that is not finite has A = 0 and stands in no mean or standard deviation."""
+    adv = torch.zeros_like(rewards)
+    for group, A in zip(rewards, adv, strict=True):
+        scored = group.isfinite()
+        R = group[scored]
+        equal = len(R) < 2 or R.std() <= 1e-6 * R.abs().amax()      # rounding of the mean, no more
+        if not equal:
+            A[scored] = (R - R.mean()) / R.std()                                    # Eq. 12
+    return adv
 
 
 def clipped_objective(logp, logp_old, adv, clip_low=0.9, clip_high=1.2, length=1):
@@ -36,10 +36,14 @@ def clipped_objective(logp, logp_old, adv, clip_low=0.9, clip_high=1.2, length=1
 
     logp Float[B] or [B, T]: transition log-probabilities; logp_old: those of the policy that
     sampled, without gradient; adv Float[B]. clip_low = 1 - e_low and clip_high = 1 + e_high bound
-    the ratio. length: tokens that a log-probability sums over; given, the ratio is that of the mean
-    token (GSPO, arXiv 2507.18071, Eq. 7)."""
+    the ratio. It is a mean over the rows given: weigh that of a micro-batch by its share of all
+    rows, len(rows) / B, before backward().
+
+    length: 1 for the ratio of Eq. 11. The ratio of the mean token (GSPO, arXiv 2507.18071, Eq. 7)
+    takes the number of tokens that logp sums over: n_t with Eq. 15, all masked ones with Eq. 13
+    and 14, the M of traj.positions(t, kind)."""
     adv = adv.reshape(adv.shape + (1,) * (logp.dim() - adv.dim()))
-    log_ratio = (logp - logp_old.detach()) / length
+    log_ratio = (logp - logp_old.detach()) / max(length, 1)
     ratio = log_ratio.clamp(max=60).exp()                                           # Eq. 11
     clipped = ratio.clamp(clip_low, clip_high)
     return torch.min(ratio * adv, clipped * adv).mean()                             # Eq. 10
@@ -49,8 +53,8 @@ def kl_k3(logp, logp_ref):
     """Return the KL(pi_theta || pi_ref) of Eq. 10 by its k3 estimator, exp(d) - d - 1 with d =
     logp_ref - logp: a scalar of at least 0. Its gradient flows through logp.
 
-    With Eq. 14, d jumps where a code crosses the threshold: after one optimizer step the estimate
-    can reach 9e7, and a few moves dominate the gradient; with a KL, prefer Eq. 15.
+    Give it Eq. 15's log-probabilities even when the ratio is Eq. 14's: those jump where a code
+    crosses the threshold, and after one optimizer step the estimate can reach 9e7.
     Source: J. Schulman, "Approximating KL divergence" (2020); GRPO's choice."""
     d = (logp_ref.detach() - logp).clamp(max=60)
     return (d.expm1() - d).mean()
@@ -75,13 +79,16 @@ class SampleFilter:
         history = torch.tensor(self.history, dtype=torch.float64)
         return torch.quantile(history, self.percentile / 100).item()
 
-    def keep(self, std):
-        """Return Bool[P], False where a new group of reward std Float[P] is to be sampled again;
-        then remember them. A std that is not finite is kept and not remembered."""
+    def judge(self, std):
+        """Judge new groups by their reward std Float[P], then remember it: call it once a group,
+        with the groups of all processes. Return Bool[P], False where a group is to be sampled
+        again (by the caller). A std that is not finite passes, and is not remembered."""
         bar = self.bar
-        kept = torch.ones_like(std, dtype=torch.bool) if bar is None else ~(std < bar)
+        passed = torch.ones_like(std, dtype=torch.bool) if bar is None else ~(std < bar)
         self.history += std[std.isfinite()].tolist()
-        return kept
+        return passed
+
+    keep = judge        # its name until now
 
     def state_dict(self):
         return {"history": list(self.history)}

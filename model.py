@@ -16,10 +16,10 @@ Departures from Show-o's code:
 - of the head only the K columns of image codes, and head and last block only at wanted positions.
 """
 import contextlib
+import functools
+import json
 import math
-import warnings
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,18 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import (
-    InputError,
-    build,
-    fetch,
-    first_line,
-    is_shapes,
-    load_strict,
-    read_json,
-    read_weights,
-    write_json,
-    write_weights,
-)
+from checkpoint import TOKENIZER, fetch, load_strict, read_weights, write_json, write_weights
 
 try:
     import torchvision  # noqa: F401  (transformers and open_clip import it when it is there)
@@ -51,48 +40,122 @@ except RuntimeError as error:  # a CUDA build of torchvision beside a CPU build 
     for _name in ("nms", "qnms"):
         _ops.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM  # noqa: E402
-from transformers.models.phi.modeling_phi import apply_rotary_pos_emb  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 SPECIALS = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>",
             "<|v2v|>", "<|lvg|>")
 PHI_1_5 = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
                num_attention_heads=32, max_position_embeddings=2048, hidden_act="gelu_new",
-               layer_norm_eps=1e-5, rope_theta=10000.0, partial_rotary_factor=0.5)
+               layer_norm_eps=1e-5, rope_theta=10000.0, partial_rotary_factor=0.5,
+               initializer_range=0.02, qk_layernorm=True, tie_word_embeddings=False)
+BUDGET = {False: 0.7, True: 0.1}    # the share of activations kept, by grad_checkpoint, if compiled
+
+
+# ------------------------------------------------------------------------------ Phi
+
+class Phi(nn.Module):
+    """The weights of Phi, under the names that transformers' PhiForCausalLM gives them; block()
+    computes with them."""
+
+    def __init__(self, vocabulary, phi):
+        super().__init__()
+        C, inner = phi["hidden_size"], phi["intermediate_size"]
+        d = C // phi["num_attention_heads"]
+
+        def layer():
+            attention = {name: nn.Linear(C, C) for name in ("q_proj", "k_proj", "v_proj", "dense")}
+            norms = {name: nn.LayerNorm(d) for name in ("q_layernorm", "k_layernorm")}
+            mlp = {"fc1": nn.Linear(C, inner), "fc2": nn.Linear(inner, C)}
+            return nn.ModuleDict({"self_attn": nn.ModuleDict(attention | norms),
+                                  "mlp": nn.ModuleDict(mlp), "input_layernorm": nn.LayerNorm(C)})
+
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(vocabulary, C),
+            "layers": nn.ModuleList(layer() for _ in range(phi["num_hidden_layers"])),
+            "final_layernorm": nn.LayerNorm(C)})
+        self.lm_head = nn.Linear(C, vocabulary)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=phi["initializer_range"])
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+
+def block(x, w, text, rotary, mask, at, heads, half):
+    """Compute a layer of Phi as Show-o has it: attention, with layer norms of q and k, and MLP side
+    by side on one layer norm. Return Float32 (B, n, C), or (B, M, C).
+
+    x Float32 (B, n, C): the residual stream. w: {name: (weight, bias, ...)}. text: keys and values
+    (B, heads, n_text, d) that stand before those of x, or None. rotary: cos and sin, (n, r) each.
+    mask: of attention, additive, (B, 1, 1 or n, n_text + n), or None. at Long (B, M): the positions
+    that are wanted, or None. half: the type of products. Norms and sums are float32.
+    Source: transformers' PhiDecoderLayer with qk_layernorm, which Show-o forces."""
+    h = norm(x, w["input_layernorm"]).to(half)                                      # (B, n, C)
+    keys, values = keys_and_values(h, w, rotary, heads)                     # (B, heads, n, d)
+    if text is not None:
+        keys, values = torch.cat([text[0], keys], 2), torch.cat([text[1], values], 2)
+    if at is not None:
+        x, h = (y.gather(1, at[..., None].expand(-1, -1, y.shape[2])) for y in (x, h))
+        rotary = [table[at][:, None] for table in rotary]                           # (B, 1, M, r)
+    queries = norm(split(linear(h, *w["q_proj"]), heads), w["q_layernorm"])
+    queries = turn(queries, *rotary).to(half)
+    if mask is not None:
+        mask = mask.expand(-1, -1, queries.shape[2], -1)
+
+    attended = F.scaled_dot_product_attention(queries, keys, values, mask)
+    attended = linear(attended.transpose(1, 2).flatten(2), *w["dense"])
+    inner = F.gelu(linear(h, *w["fc1"]), approximate="tanh")
+    return x + attended + linear(inner, *w["fc2"])
+
+
+def keys_and_values(h, w, rotary, heads):
+    """Return keys and values (B, heads, n, d) of normalised h (B, n, C)."""
+    keys = norm(split(linear(h, *w["k_proj"]), heads), w["k_layernorm"])
+    return turn(keys, *rotary).to(h.dtype), split(linear(h, *w["v_proj"]), heads)
+
+
+def norm(x, w):
+    return F.layer_norm(x.float(), x.shape[-1:], *w)        # eps 1e-5, as Phi's
+
+
+def linear(x, weight, bias, A=None, B=None):
+    """Return x W' + b, with adapters (LoRA, arXiv 2106.09685) + 2 x A' B'."""
+    y = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+    return y if A is None else y + 2 * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+
+
+def split(x, heads):        # (B, n, C) -> (B, heads, n, d)
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def turn(x, cos, sin):
+    """Rotate the first r channels of x (B, heads, n, d) by their positions' angles, channel i with
+    channel i + r/2 (rotary embeddings, arXiv 2104.09864); cos, sin (n, r)."""
+    r = cos.shape[-1]
+    first, second, rest = x.split([r // 2, r // 2, x.shape[-1] - r], -1)
+    turned = torch.cat([first, second], -1) * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([turned, rest], -1)
 
 
 # ------------------------------------------------------------------------------ Show-o
 
+@dataclass
 class Text:
-    """What all image passes over the same P prompts share: keys and values of the text, and the
-    rows of embeddings and head that image tokens use (no gradient of the whole vocabulary's size).
-
-    Stands in the place of transformers' cache: the text pass records keys and values, image passes
-    put them before their own."""
-
-    def __init__(self):
-        self.layers = []                # (key, value), Float (P, heads, text, d) each
-        self.row = None                 # Long (B,), the prompt of every row of the image pass
-        self.image = None               # (key, value) of all positions, where a block computes some
-        self.embed = None               # Float (K + 3, width): codes, mask, soi, eoi
-        self.head = self.bias = None    # Float32 (K, width), (K,)
-
-    def update(self, key, value, layer, *_, **__):
-        """Return the keys and values that a layer attends to; transformers' attention calls it."""
-        if len(self.layers) == layer:
-            self.layers.append((key, value))
-            return key, value
-        text_key, text_value = self.layers[layer]
-        key, value = self.image or (key, value)
-        return (torch.cat([text_key.index_select(0, self.row), key], 2),
-                torch.cat([text_value.index_select(0, self.row), value], 2))
+    """What all image passes over the same P prompts share while the weights stay as they are. Of
+    the vocabulary it holds what image tokens use, so that no gradient is of its whole size."""
+    weights: list[dict]             # of each layer, see block()
+    layers: list[tuple]             # keys, values of each layer, Float (P, heads, n_text, d)
+    embed: torch.Tensor             # Float32 (K + 3, C): codes, mask, soi, eoi
+    head: torch.Tensor              # Float32 (K, C)
+    bias: torch.Tensor              # Float32 (K,)
 
 
 @dataclass
 class Prompt:
     """P encoded prompts, and B rows that use them."""
-    ids: torch.Tensor                   # Long (P, max_text_len + 1), left-padded
-    real: torch.Tensor                  # Bool (P, max_text_len + 1), False on padding
+    ids: torch.Tensor                   # Long (P, max_text_len + 1), left-padded; prefill() cuts
+                                        # columns that are padding in all prompts
+    real: torch.Tensor                  # Bool, as ids; False on padding
     row: torch.Tensor                   # Long (B,), the prompt of every row
     text: Text | None = None            # of prefill(), while weights stay as they are
     no_padding: bool = False            # all of real is True, so that no mask is needed
@@ -112,59 +175,45 @@ class Prompt:
 class Showo(nn.Module):
     """Phi with q/k layer norms that predicts the code of every masked image token.
 
-    .N image tokens, .K codes. config: Show-o's config.json; phi: PhiConfig's keys over those of
-    Phi-1.5. compute_dtype: torch.bfloat16 for products in half precision, weights as they are.
-    grad_checkpoint: compute layers again in the backward pass and keep only what lies between them.
-    Raises InputError when the vocabulary does not add up.
-    Source: showlab/Show-o models/modeling_showo.py and training/prompting_utils.py."""
+    .N image tokens, .K codes. config: Show-o's config.json; phi: sizes, over those of Phi-1.5.
+    .compute_dtype: bfloat16 for products in half precision, weights as they are. .compiled: block()
+    runs as fused kernels (torch.compile). .grad_checkpoint: the backward pass computes again what
+    lies inside of blocks. Source: showlab/Show-o models/modeling_showo.py and
+    training/prompting_utils.py."""
 
     def __init__(self, config: dict, phi: dict, tokenizer):
         super().__init__()
         self.config, self.tokenizer = dict(config), tokenizer
-        self.compute_dtype, self.grad_checkpoint = None, False
-        _check_config(config)
+        self.phi = {**PHI_1_5, **phi, "vocab_size": config["vocab_size"]}
+        self.compute_dtype, self.compiled, self.grad_checkpoint = None, False, False
+        self.adapters_on = True
         self.N, self.K = config["num_vq_tokens"], config["codebook_size"]
         self.text_vocab = config["llm_vocab_size"]
         self.code_offset = self.text_vocab + len(SPECIALS)
         self.pad, self.soi, self.eoi, self.t2i = (
             self.text_vocab + SPECIALS.index(name)
             for name in ("[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>"))
-
-        self.phi = {**PHI_1_5, **phi, "vocab_size": config["vocab_size"], "qk_layernorm": True,
-                    "tie_word_embeddings": False}
-        self.phi_config = PhiConfig.from_dict(dict(self.phi))
-        if not 0 < self.phi["partial_rotary_factor"] <= 1:
-            raise InputError("phi_config.json: partial_rotary_factor must be over 0, at most 1")
-        self.showo = PhiForCausalLM._from_config(self.phi_config, attn_implementation="sdpa")
-        for layer in self.showo.model.layers:
-            layer.input_layernorm.register_forward_hook(_cast_once)
-            layer.mlp.forward = partial(_mlp, layer.mlp)
-            for norm in (layer.self_attn.q_layernorm, layer.self_attn.k_layernorm):
-                norm.forward = partial(_again_in_half, norm.forward)
-            if self.phi_config.hidden_act == "gelu_new":    # the same, in one kernel
-                layer.mlp.activation_fn = nn.GELU(approximate="tanh")
+        self.showo = Phi(config["vocab_size"], self.phi)
 
     @property
     def device(self):
         return self.showo.lm_head.weight.device
 
-    def autocast(self, cache=None):
-        """Return the context of products in compute_dtype. Around several passes, each weight is
-        cast once for all of them, unless cache is False."""
-        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=cache,
-                              enabled=self.compute_dtype is not None)
+    @property
+    def half(self):
+        """The type of products."""
+        return self.compute_dtype or self.showo.model["embed_tokens"].weight.dtype
 
     def compute_in(self, dtype):
-        """Set compute_dtype. Frozen projections are held as it, if any: autocast would cast them in
-        every pass, where it casts trained ones once. No result changes, but weights that are saved
-        with adapters merged have the rounded base, which is the one that was trained."""
+        """Set compute_dtype. Frozen projections, if any, are stored in it: a model that is saved
+        with its adapters merged has the rounded base, which is the one that was trained."""
         self.compute_dtype = dtype
-        for module in self.showo.model.layers.modules():
+        for module in self.showo.model["layers"].modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-                module.weight.data = module.weight.data.to(dtype or module.weight.dtype)
+                module.weight.data = module.weight.data.to(self.half)
 
     def encode(self, prompts: list[str], max_text_len: int = 128) -> Prompt:
-        """Return the ids of prompts, [PAD].. <|t2i|> bos text eos: Long[B, max_text_len + 1].
+        """Return the ids of B prompts, [PAD].. <|t2i|> bos text eos, as a Prompt of B rows.
 
         Over-long text is cut, eos kept."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -181,74 +230,75 @@ class Showo(nn.Module):
         return Prompt(ids, ids != self.pad, torch.arange(len(ids), device=self.device))
 
     def prefill(self, prompt: Prompt, guided=False) -> Prompt:
-        """Return the prompt with the keys and values of its text, for many logits() while the
-        weights stay as they are; prompts that no row uses are left out.
-
-        guided: prefill the empty prompt too."""
+        """Return the prompt with its Text, for many logits() while the weights stay as they are;
+        prompts that no row uses are left out. guided: prefill the empty prompt, too."""
         used, row = prompt.row.unique(return_inverse=True)
         ids, real = prompt.ids[used], prompt.real[used]
         n_padding = int((~real).sum(1).min())   # columns that are padding in every prompt
         ids, real = ids[:, n_padding:], real[:, n_padding:]
-        no_padding = bool(real.all())
-
-        text = _again(self._text_pass, ids, None if no_padding else real, when=self.grad_checkpoint)
         empty = self.prefill(self.encode([""])) if guided else None
-        return Prompt(ids, real, row, text, no_padding, empty)
+        return Prompt(ids, real, row, self._text_pass(ids, real), bool(real.all()), empty)
 
-    def _text_pass(self, ids, real):
-        """Return the Text of ids Long[P, n]; real: Bool[P, n], None where all are."""
-        text, phi, head = Text(), self.showo.model, self.showo.lm_head
-        i = torch.arange(ids.shape[1], device=ids.device)
-        itself, causal = i[:, None] == i, i[:, None] >= i
-        attend = None if real is None else (causal & real[:, None] | itself)[:, None]
-        with self.autocast():
-            hidden = F.embedding(ids, phi.embed_tokens.weight)
-            rotary = phi.rotary_emb(hidden, i[None])
-            for layer in phi.layers:
-                hidden = layer(hidden, attention_mask=attend, past_key_values=text,
-                               position_embeddings=rotary, is_causal=True)
+    def _text_pass(self, ids, real) -> Text:
+        """Return the Text of ids Long[P, n], real Bool[P, n]."""
+        phi, head, n = self.showo.model, self.showo.lm_head, ids.shape[1]
+        i = torch.arange(n, device=ids.device)
+        sees = (i[:, None] >= i) & real[:, None] | (i[:, None] == i)                # (P, n, n)
+        mask = torch.zeros(sees.shape, dtype=self.half, device=ids.device)
+        mask = mask.masked_fill_(~sees, -math.inf)[:, None]
+        rotary, heads = self._rotary(0, n), self.phi["num_attention_heads"]
+        x, layers = F.embedding(ids, phi["embed_tokens"].weight).float(), []
+        weights = [self._weights(layer) for layer in phi["layers"]]
+        for w in weights:
+            h = norm(x, w["input_layernorm"]).to(self.half)
+            layers.append(keys_and_values(h, w, rotary, heads))
+            x = block(x, w, None, rotary, mask, None, heads, self.half)
 
-        embed, codes = phi.embed_tokens.weight, slice(self.code_offset, self.code_offset + self.K)
-        text.embed = torch.cat([embed[self.code_offset:], embed[self.soi:self.eoi + 1]])
-        text.head, text.bias = head.weight[codes].float(), head.bias[codes].float()
-        return text
+        embed, codes = phi["embed_tokens"].weight, slice(self.code_offset, -1)
+        embed = torch.cat([embed[self.code_offset:], embed[self.soi:self.eoi + 1]])
+        return Text(weights, layers, embed.float(), head.weight[codes].float(),
+                    head.bias[codes].float())
+
+    def _weights(self, layer) -> dict:
+        """Return the weights of a layer by name, as block() takes them."""
+        weights = {"input_layernorm": layer["input_layernorm"].parameters()}
+        for name, module in [*layer["self_attn"].items(), *layer["mlp"].items()]:
+            given = list(module.parameters())       # weight, bias, adapters
+            weights[name] = given if self.adapters_on else given[:2]
+        as_half = self.half if not (self.grad_checkpoint and torch.is_grad_enabled()) else None
+        return {name: [p.float() if name.endswith("norm") else cast(p, as_half) for p in given]
+                for name, given in weights.items()}
+
+    def _rotary(self, start, n):
+        """Return cos and sin, Float32 (n, r) each, of n positions from start on."""
+        d = self.phi["hidden_size"] // self.phi["num_attention_heads"]
+        r = int(d * self.phi["partial_rotary_factor"])
+        pair = torch.arange(0, r, 2, device=self.device)
+        position = torch.arange(start, start + n, device=self.device)
+        angle = position[:, None] * (1 / self.phi["rope_theta"] ** (pair / r))      # (n, r / 2)
+        return torch.cat([angle, angle], 1).cos(), torch.cat([angle, angle], 1).sin()
 
     @contextlib.contextmanager
     def shared_text(self, prompt: Prompt):
         """Give a prefilled prompt for many backward passes: their gradients stop at the text and
         add up, and their sum goes on through it once, when the context ends."""
-        # a cache keeps all weights as compute_dtype, and their gradients to the end of each pass
-        with self.autocast(cache=not self.grad_checkpoint):
-            prompt = self.prefill(prompt)
-            text = prompt.text
-            shared = [*(x for pair in text.layers for x in pair), text.embed, text.head, text.bias]
-            leaves = [x.detach().float().requires_grad_(x.requires_grad)    # float: many add up
-                      for x in shared]
-            *layers, text.embed, text.head, text.bias = leaves
-            text.layers = list(zip(layers[::2], layers[1::2], strict=True))
-            yield prompt
+        prompt = self.prefill(prompt)
+        text = prompt.text
+        shared = [*(x for pair in text.layers for x in pair), text.embed, text.head, text.bias]
+        leaves = [x.detach().float().requires_grad_(x.requires_grad)    # float: many add up
+                  for x in shared]
+        *layers, text.embed, text.head, text.bias = leaves
+        text.layers = list(zip(layers[::2], layers[1::2], strict=True))
+        yield prompt
         reached = [(x, leaf.grad.to(x.dtype)) for x, leaf in zip(shared, leaves, strict=True)
                    if leaf.grad is not None]
         torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
 
     def policy(self, prompt: Prompt, guidance: float = 0.0):
         """Return the function codes -> logits that sample.rollout calls, closed over prompts whose
-        text is computed here, once. Where nothing is masked its logits may be 0."""
+        text is computed here, once."""
         prompt = self.prefill(prompt, guided=bool(guidance))
-
-        def policy(codes):
-            """Return Float32[B, N, K] of codes Long[B, N]."""
-            masked = codes == self.K
-            # on a GPU the host would wait for these numbers, which costs what is gained
-            counts = masked.sum(1).tolist() if codes.device.type == "cpu" else [self.N]
-            if min(counts) < max(counts) or counts[0] == self.N:
-                return self.logits(codes, prompt, guidance=guidance)
-            at = masked.nonzero()[:, 1].view(len(codes), counts[0])     # (B, M)
-            logits = torch.zeros(*codes.shape, self.K)
-            wanted = self.logits(codes, prompt, guidance=guidance, positions=at)
-            logits[masked] = wanted.flatten(0, 1)
-            return logits
-        return policy
+        return lambda codes: self.logits(codes, prompt, guidance=guidance)
 
     def logits(self, codes, prompt: Prompt, *, guidance: float = 0.0, positions=None):
         """Return the logits of codes Long[B, N] (K = masked) under prompts of B rows: Float32
@@ -269,55 +319,46 @@ class Showo(nn.Module):
             unconditional = self.logits(codes, empty, positions=positions)
             return (1 + guidance) * conditional - guidance * unconditional
 
-        # the first state, all masked, is the same for all rows of a prompt
-        if codes.device.type == "cpu" and bool((codes == self.K).all()):
-            rows, inverse = prompt.row.unique(return_inverse=True)
-            if len(rows) < B:
-                logits = self.logits(codes[:len(rows)], replace(prompt, row=rows))
-                return logits[inverse if positions is None else (inverse[:, None], positions)]
-
         if positions is None:
             positions = torch.arange(N, device=codes.device).expand(B, N)
         hidden = self._image_pass(codes, prompt, positions)
-        with torch.autocast(codes.device.type, enabled=False):
-            return F.linear(hidden.float(), prompt.text.head, prompt.text.bias)
+        return F.linear(hidden, prompt.text.head, prompt.text.bias)
 
     def _image_pass(self, codes, prompt, positions):
-        """Return the last hidden states at positions Long[B, M]: what PhiModel does, without a mask
-        wherever none is needed, so that the fastest kernels apply."""
-        phi, text = self.showo.model, prompt.text
-        text.row = prompt.row
-        N, start = codes.shape[1], prompt.ids.shape[1]
+        """Return the last hidden states at positions Long[B, M]: Float32 (B, M, C)."""
+        text, start = prompt.text, prompt.ids.shape[1]
         ids = F.pad(F.pad(codes, (1, 0), value=self.K + 1), (0, 1), value=self.K + 2)   # soi, eoi
-        attend = None
-        if not prompt.no_padding:
+        n, mask = ids.shape[1], None
+        if not prompt.no_padding:       # without a mask the fastest kernels apply
             # one row for all queries of all layers: of another type, or if its length in memory is
             # no multiple of 8, CUDA's attention makes a whole mask of it in each layer
-            width = start + N + 2
-            seen = F.pad(prompt.real[prompt.row], (0, N + 2 + -width % 8), value=True)
-            attend = torch.zeros_like(seen, dtype=self.compute_dtype or text.embed.dtype)
-            attend = attend.masked_fill_(~seen, -math.inf)[:, None, None, :width]
-            attend = attend.expand(-1, -1, N + 2, -1)                   # (B, 1, N + 2, width)
+            seen = F.pad(prompt.real[prompt.row], (0, n + -(start + n) % 8), value=True)
+            mask = torch.zeros(seen.shape, dtype=self.half, device=codes.device)
+            mask = mask.masked_fill_(~seen, -math.inf)[:, None, None, :start + n]
 
-        with self.autocast():
-            hidden = F.embedding(ids, text.embed)
-            position = torch.arange(start, start + N + 2, device=codes.device)
-            rotary = phi.rotary_emb(hidden, position[None])
-            how = dict(attention_mask=attend, past_key_values=text, position_embeddings=rotary,
-                       is_causal=False)
-            for layer in phi.layers[:-1]:
-                hidden = _again(layer, hidden, when=self.grad_checkpoint, **how)
+        rotary, x = self._rotary(start, n), F.embedding(ids, text.embed)            # (B, n, C)
+        for i, (w, layer) in enumerate(zip(text.weights, text.layers, strict=True)):
+            # the last block computes at some positions alone, which stand after <|soi|>
+            at = positions + 1 if i == len(text.layers) - 1 else None
+            before = [kv.index_select(0, prompt.row).to(self.half) for kv in layer]
+            x = self._run(x, w, before, rotary, mask, at)
+        return norm(x, [p.float() for p in self.showo.model["final_layernorm"].parameters()])
 
-            # the last block computes at some positions alone, which see the keys of all
-            last, at = phi.layers[-1], positions + 1        # after <|soi|>
-            text.image = _keys_and_values(last, hidden, rotary)
-            hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2]))
-            if attend is not None:
-                how["attention_mask"] = attend[:, :, :1].expand(-1, -1, at.shape[1], -1)
-            how["position_embeddings"] = [x[0][at] for x in rotary]
-            hidden = last(hidden, **how)
-            text.image = None
-            return phi.final_layernorm(hidden)
+    def _run(self, x, w, before, rotary, mask, at):
+        """Do block(). Compiled, one graph serves all layers, numbers of rows and of positions, and
+        lengths of text; a size of 1 would have a graph of its own, and is not compiled."""
+        args = (x, w, before, rotary, mask, at, self.phi["num_attention_heads"], self.half)
+        if self.compiled and 1 not in (len(x), at.shape[1] if at is not None else 0):
+            for tensor, dims in ((x, [0]), (mask, [0, 3]), (at, [0, 1]),
+                                 *((kv, [0, 2]) for kv in before)):
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dims)
+            # how much of what a block computes is kept for the backward pass
+            torch._functorch.config.activation_memory_budget = BUDGET[self.grad_checkpoint]
+            return compiled_block()(*args)
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)
 
     def save(self, folder):
         """Write Show-o's layout (config.json, pytorch_model.safetensors), the tokenizer's files and
@@ -335,207 +376,108 @@ class Showo(nn.Module):
 
     def add_lora(self, rank):
         """Freeze the weights and train adapters of a rank on the projections of attention and MLP
-        (LoRA, arXiv 2106.09685, by peft), scaled by 2."""
-        from peft import LoraConfig, inject_adapter_in_model
+        (LoRA, arXiv 2106.09685), scaled by 2; see linear()."""
         self.requires_grad_(False)
-        projections = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections)
-        inject_adapter_in_model(config, self.showo)
+        for module in self.showo.model["layers"].modules():
+            if isinstance(module, nn.Linear):
+                n_out, n_in = module.weight.shape
+                module.lora_A = nn.Parameter(torch.empty(rank, n_in, device=self.device))
+                module.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=self.device))
+                nn.init.kaiming_uniform_(module.lora_A, a=math.sqrt(5))
 
-    def lora_layers(self) -> dict:
-        return {name: module for name, module in self.named_modules()
-                if hasattr(module, "get_delta_weight")}
+    @contextlib.contextmanager
+    def frozen_base(self):
+        """Within, the model is the one that it was before training: adapters off, no gradient."""
+        self.adapters_on = False
+        try:
+            with torch.no_grad():
+                yield self
+        finally:
+            self.adapters_on = True
 
     def merged_state(self) -> dict:
         """Return the state_dict with the adapters, if any, added to the weights they belong to."""
-        state = {name.replace(".base_layer.", "."): weight
-                 for name, weight in self.state_dict().items() if ".lora_" not in name}
-        for name, layer in self.lora_layers().items():
-            state[f"{name}.weight"] = layer.base_layer.weight + layer.get_delta_weight("default")
+        state = self.state_dict()
+        for name in [name for name in state if name.endswith("lora_A")]:
+            A, B, weight = state.pop(name), state.pop(name[:-1] + "B"), name[:-6] + "weight"
+            state[weight] = state[weight] + 2 * B @ A
         return state
 
 
-class BaseOf:
-    """A Showo with its adapters off: the frozen reference of a policy that trains LoRA."""
-
-    def __init__(self, showo):
-        self.showo = showo
-
-    def __getattr__(self, name):
-        def without_adapters(*args, **kwargs):
-            """Call the method with all adapters scaled by 0."""
-            layers = self.showo.lora_layers().values()
-            for layer in layers:
-                layer.set_scale("default", 0.0)
-            try:
-                with torch.no_grad():
-                    return getattr(self.showo, name)(*args, **kwargs)
-            finally:
-                for layer in layers:
-                    layer.set_scale("default", 1.0)
-        value = getattr(self.showo, name)
-        return without_adapters if callable(value) else value
+def cast(p, dtype):
+    """Return a weight as dtype, if any. Its gradient is added to the weight's own, in float32, as
+    soon as it is there, so that no second gradient of all weights is kept."""
+    if dtype in (None, p.dtype):
+        return p
+    copy = p.detach().to(dtype)
+    if p.requires_grad and torch.is_grad_enabled():
+        def add_up(copy):
+            p.grad = copy.grad.to(p.dtype) if p.grad is None else p.grad.add_(copy.grad)
+            copy.grad = None
+        copy.requires_grad_().register_post_accumulate_grad_hook(add_up)
+    return copy
 
 
-def _again(function, *args, when, **how):
-    """Call a function; when: keep its inputs alone, and call it again in the backward pass."""
-    if when and torch.is_grad_enabled():
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **how)
-    return function(*args, **how)
-
-
-def _again_in_half(function, x):
-    """Under autocast, call a function again in the backward pass: of q's and k's norms the input is
-    kept in half precision, not the float32 that they make of it."""
-    return _again(function, x, when=x.requires_grad and torch.is_autocast_enabled(x.device.type))
-
-
-def _mlp(mlp, x):
-    """Do what PhiMLP does, but keep one of the two widest tensors of a layer: the activation is
-    computed again (the product after it is not, the backward pass needs no result of it)."""
-    return _again_in_half(lambda inner: mlp.fc2(mlp.activation_fn(inner)), mlp.fc1(x))
-
-
-def _cast_once(norm, args, out):
-    """Under autocast a norm returns float32, of which q, k, v and fc1 would each keep a copy."""
-    device = out.device.type
-    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
-
-
-def _keys_and_values(layer, hidden, rotary):
-    """Return keys and values of every position, as transformers' PhiAttention makes them."""
-    attention, x = layer.self_attn, layer.input_layernorm(hidden)
-    key = attention.k_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    value = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    key = attention.k_layernorm(key)
-    turned, rest = key[..., :attention.rotary_ndims], key[..., attention.rotary_ndims:]
-    turned, _ = apply_rotary_pos_emb(turned, turned, *rotary)
-    return torch.cat([turned, rest], -1), value
-
-
-def _check_config(config):
-    """Raise InputError unless the parts of the vocabulary add up."""
-    for key in ("num_vq_tokens", "codebook_size", "llm_vocab_size", "vocab_size"):
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise InputError(f"config.json: {key} is {config.get(key)!r}, wanted a positive whole "
-                             "number; does the tokenizer belong to the model?")
-    text, K, vocab = (config[k] for k in ("llm_vocab_size", "codebook_size", "vocab_size"))
-    if vocab != text + len(SPECIALS) + K + 1 or config.get("mask_token_id", vocab - 1) != vocab - 1:
-        raise InputError(f"config.json: vocab_size {vocab} is not llm_vocab_size {text} + "
-                         f"{len(SPECIALS)} specials + codebook_size {K} + 1 mask, the last id")
+@functools.cache
+def compiled_block():
+    torch._dynamo.config.recompile_limit = 64       # with and without gradient, mask, adapters ...
+    return torch.compile(block)
 
 
 # ------------------------------------------------------------------------------ loading
 
 def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.float32,
                like=None) -> Showo:
-    """Load Show-o from a folder or hub id (NAME@REVISION pins it) with config.json and weights, or
-    from a bare state_dict file (.pth, .bin, .safetensors).
-
-    tokenizer: folder or hub id; None = the folder's own files if it has them, else
-    microsoft/phi-1_5. dtype: weights are cast one by one. like: the folder or hub id whose
-    config.json a bare file takes when none lies beside it; None = sizes from its weights, N 1024.
-    Raises InputError when a file is missing or unreadable, or weights do not fit."""
-    path = fetch(path_or_hub_id, ["config", "weights"], ["tokenizer"])
+    """Load Show-o from a folder or hub id with config.json and weights, or from a bare state_dict
+    file (.pth, .bin, .safetensors), whose config.json lies beside it or in the folder or hub id
+    like. tokenizer: folder or hub id (default: the folder's own, or microsoft/phi-1_5)."""
+    path = fetch(path_or_hub_id)
     folder = path if path.is_dir() else path.parent
-    if path.is_file() and like and not (folder / "config.json").exists():
-        folder = fetch(like, ["config"], ["tokenizer"])
-    config, phi = None, {}
-    if path.is_dir() or (folder / "config.json").exists():
-        config = read_json(folder / "config.json")
+    if not (folder / "config.json").exists() or "Showo" not in (folder / "config.json").read_text():
+        folder = fetch(like or "showlab/show-o-512x512", "*config.json")
+    config = json.loads((folder / "config.json").read_text()) | {"w_clip_vit": False}
+    phi = {}
     if (folder / "phi_config.json").exists():
-        phi = read_json(folder / "phi_config.json")
-    state = read_weights(path, device=device, dtype=dtype)
+        phi = json.loads((folder / "phi_config.json").read_text())
     own_tokenizer = folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"
-    text = load_tokenizer(tokenizer or own_tokenizer)
-    if config is None:
-        config, sizes = _infer_config(path, state, len(text))
-        phi = {**sizes, **phi}
-    room = config.get("llm_vocab_size", len(text))
-    if isinstance(room, int) and len(text) > room:
-        raise InputError(f"--tokenizer: has {len(text)} entries, {path_or_hub_id} room for {room}; "
-                         "they do not belong together")
-
-    unused = [name for name in state if name.startswith("mm_projector.")]
-    if unused:
-        warnings.warn(f"{path_or_hub_id}: its mm_projector ({len(unused)} weights, for "
-                      "understanding pictures) is not used", stacklevel=2)
-        state = {name: weight for name, weight in state.items() if name not in unused}
-    config = config | {"w_clip_vit": False}     # what save() writes has no projector
-    model = build(folder / "config.json", Showo, config, phi, text)
+    text = AutoTokenizer.from_pretrained(fetch(tokenizer or own_tokenizer, *TOKENIZER))
+    assert len(text) <= config["llm_vocab_size"], "the tokenizer has more entries than the model"
+    state = {name: weight for name, weight in read_weights(path, device, dtype).items()
+             if not name.startswith("mm_projector.")}       # for understanding pictures
+    with torch.device("meta"):
+        model = Showo(config, phi, text)
     load_strict(model, state, path)
-    rotary = model.showo.model.rotary_emb       # its buffers are computed, not loaded
-    model.showo.model.rotary_emb = type(rotary)(model.phi_config).to(device)
     model.source = path_or_hub_id
     return model.eval()
 
 
-def load_tokenizer(path_or_hub_id):
-    """Load transformers' tokenizer of a folder or hub id. Raises InputError."""
-    path = fetch(path_or_hub_id, ["tokenizer"])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True,
-                                                  trust_remote_code=False)
-        if None in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-            raise ValueError("it has no bos or eos token")
-    except Exception as error:  # a damaged tokenizer.json raises plain Exceptions
-        raise InputError(f"--tokenizer {path_or_hub_id}: cannot load it ({first_line(error)}); "
-                         "name a folder with tokenizer.json or a hub id") from None
-    return tokenizer
-
-
-def _infer_config(path, state, n_text):
-    """Return config.json and Phi's sizes from the shapes of a bare state_dict's weights (the
-    authors' RL checkpoint is one)."""
-    try:
-        vocab, hidden = state["showo.model.embed_tokens.weight"].shape
-        inner, _ = state["showo.model.layers.0.mlp.fc1.weight"].shape
-        head_dim, = state["showo.model.layers.0.self_attn.q_layernorm.weight"].shape
-        heads = hidden // head_dim
-    except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{path}: not a Show-o state_dict, {error} is missing or of another "
-                         "shape") from None
-    K = vocab - n_text - len(SPECIALS) - 1
-    if K < 1 or K & (K - 1):
-        raise InputError(f"{path}: codebook_size {K} is no power of two; does the tokenizer belong "
-                         "to the model?")
-    layers = {name.split(".")[3] for name in state if name.startswith("showo.model.layers.")}
-    config = {"_class_name": "Showo", "_diffusers_version": "0.30.1", "codebook_size": K,
-              "llm_model_path": "microsoft/phi-1_5", "llm_vocab_size": n_text,
-              "load_from_showo": True, "mask_token_id": vocab - 1, "num_vq_tokens": 1024,
-              "vocab_size": vocab, "w_clip_vit": False}
-    return config, dict(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
-                        num_hidden_layers=len(layers))
-
-
-def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtype=torch.float32):
-    """Load Show-o and its image tokenizer, whose encoder stays on the CPU -> (Showo, MAGVITv2).
+def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtype=torch.float32,
+                compiled=None):
+    """Load Show-o and its image tokenizer -> (Showo, MAGVITv2).
 
     model: as for load_showo, or "shapes", the tiny base; ckpt: weights in place of the model's.
-    Raises InputError, also when the two do not share a codebook."""
-    where = ckpt or model
+    compiled: None = on a GPU."""
     vq = vq or ("shapes/magvitv2" if is_shapes(model) else "showlab/magvitv2")
-    showo = load_showo(where, tokenizer=tokenizer, device=device, dtype=dtype,
+    showo = load_showo(ckpt or model, tokenizer=tokenizer, device=device, dtype=dtype,
                        like=model if ckpt else None)
+    showo.compiled = showo.device.type == "cuda" if compiled is None else compiled
     magvit = load_magvit(vq, device=device)
-    magvit.encoder.cpu()    # 0.2 GB; only decode() is asked of it
-    if math.isqrt(showo.N) ** 2 != showo.N:
-        raise InputError(f"{where}: {showo.N} image tokens do not fill a square")
-    n_codes = len(magvit.quantize.embedding)
-    if n_codes != showo.K:
-        raise InputError(f"--vq {vq}: has {n_codes} codes, but {where} {showo.K}; they do not "
-                         "belong together")
+    if len(magvit.quantize.embedding) != showo.K:
+        raise SystemExit(f"--vq {vq}: its codebook is not of the model's size, {showo.K}")
     return showo, magvit
+
+
+def is_shapes(model) -> bool:
+    """Return whether --model names the tiny base, or a checkpoint trained from it."""
+    config = Path(model) / "config.json"
+    return model == "shapes" or config.exists() and '"shapes"' in config.read_text()
 
 
 def describe(showo, magvit) -> str:
     """Return a line that says what was loaded."""
     millions = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (showo, magvit)]
-    phi = showo.phi_config
-    return (f"Show-o from {showo.source}: {millions[0]:.1f}M parameters in "
-            f"{str(showo.showo.dtype)[6:]}, {phi.num_hidden_layers} layers of {phi.hidden_size}, "
-            f"N {showo.N}, K {showo.K}; MAGVIT-v2 from {magvit.source}: {millions[1]:.1f}M; on "
-            f"{showo.device}")
+    return (f"{showo.source}: {millions[0]:.1f}M, N {showo.N}, K {showo.K}; {magvit.source}: "
+            f"{millions[1]:.1f}M; on {showo.device}")
 
 
 # ------------------------------------------------------------------------------ MAGVIT-v2
@@ -695,13 +637,12 @@ class MAGVITv2(nn.Module):
 
 
 def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
-    """Load MAGVIT-v2 in float32 from a folder or hub id (showlab/magvitv2) with config.json and
-    weights. Raises InputError."""
-    path = fetch(path_or_hub_id, ["config", "weights"])
-    config = read_json(path / "config.json")
-    parts = {key: config[key] for key in ("encoder", "decoder") if key in config}
-    model = build(path / "config.json", MAGVITv2, **parts)
-    load_strict(model, read_weights(path, device=device, dtype=torch.float32), path)
+    """Load MAGVIT-v2 in float32 from a folder or hub id with config.json and weights."""
+    path = fetch(path_or_hub_id)
+    config = json.loads((path / "config.json").read_text())
+    with torch.device("meta"):
+        model = MAGVITv2(config.get("encoder"), config.get("decoder"))
+    load_strict(model, read_weights(path, device, torch.float32), path)
     model.source = path_or_hub_id
     if torch.device(device).type == "cpu":  # a third less time there; CUDA's GroupNorm undoes it
         model = model.to(memory_format=torch.channels_last)

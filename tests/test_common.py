@@ -1,177 +1,59 @@
-"""common.py: flags, prompt files, the log, signals, grids, and what one process alone does."""
-import errno
+"""common.py: flags, devices, errors, prompt files, the log, signals, pictures, and what one process
+alone does."""
+import argparse
 import json
 import math
 import os
-import resource
 import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
-import checkpoint
 import common
-from checkpoint import InputError
 
-# ------------------------------------------------------------------------------ flags
+# ------------------------------------------------------------------------------ flags and devices
 
-def parser():
-    p = common.Parser("What it does.")
-    p.add_argument("--steps", type=common.in_range(int, 1), default=7, help="how many")
-    return p
-
-
-def test_a_wrong_flag_is_one_line_and_exit_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["some.py"])
-    monkeypatch.delenv("RANK", raising=False)
-    for flags, message in ((["--steps", "x"], "argument --steps: 'x' is not a whole number"),
-                           (["--step", "3"], "unrecognized arguments: --step 3"),
-                           (["--nothing"], "unrecognized arguments: --nothing")):
-        with pytest.raises(SystemExit) as stopped:
-            parser().parse_args(flags)
-        said = capsys.readouterr()
-        assert stopped.value.code == 2 and said.out == ""
-        assert said.err == f"some.py: error: {message} (see --help)\n"
-
-
-def test_of_several_processes_the_first_one_says_it(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as stopped:
-        parser().parse_args(["--steps", "0"])
-    assert stopped.value.code == 2 and capsys.readouterr().err == ""
-
-
-def test_help_shows_defaults(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parser().parse_args(["--help"])
-    assert stopped.value.code == 0 and "how many (default: 7)" in capsys.readouterr().out
-    assert parser().parse_args([]).steps == 7
-
-
-@pytest.mark.parametrize("kind, low, high, text, message", [
-    (int, 1, math.inf, "0", "0 is out of range, it must be at least 1"),
-    (int, 1, 9, "10", "10 is out of range, it must be from 1 to 9"),
-    (int, 1, 9, "1.5", "'1.5' is not a whole number"),
-    (int, 1, 9, "", "'' is not a whole number"),
-    (float, 0, math.inf, "-1e-9", "-1e-9 is out of range, it must be at least 0"),
-    (float, 0, math.inf, "inf", "inf is out of range, it must be at least 0"),
-    (float, 0, 1, "nan", "nan is out of range, it must be from 0 to 1"),
-    (float, 0, 1, "x", "'x' is not a number")])
-def test_in_range_refuses(kind, low, high, text, message):
-    with pytest.raises(Exception, match=message) as refused:
-        common.in_range(kind, low, high)(text)
-    assert type(refused.value).__name__ == "ArgumentTypeError" and str(refused.value) == message
-
-
-def test_in_range_takes_both_bounds():
-    parse = common.in_range(int, 1, 9)
-    assert parse("1") == 1 and parse("9") == 9
-    parse = common.in_range(float, 0, 1)
-    assert parse("0") == 0.0 and parse("1") == 1.0 and type(parse("1")) is float
-    assert common.in_range(int, 0)("1000000000000") == 10 ** 12
-
-
-def test_flags_line():
-    values = {"no_kl": True, "lr": 3e-6, "out": None, "zero": False, "warmup": 0, "reward": "clip"}
-    assert common.flags_line(values) == "--no-kl --lr 3e-06 --warmup 0 --reward clip"
-    assert common.flags_line({}) == ""
-
-
-def test_passwords_leave_addresses():
-    for text, shown in (("http://me:secret@host:1/a", "http://host:1/a"),
-                        ("0.5*https://me@a/x + http://b:c@d", "0.5*https://a/x + http://d"),
-                        ("http://host/a@b", "http://host/a@b"),
-                        ("clip", "clip"), ("me@host", "me@host")):
-        assert common.without_passwords(text) == shown
-
-
-def test_settings_of_the_sampler_depend_on_the_model():
-    p = common.Parser("")
-    common.add_model_flags(p.add_argument)
-    common.add_sampling_flags(p.add_argument)
-    how = {"temperature": 1.0, "schedule": "cosine", "annealing": "compound"}
-    assert common.sampling_settings(p.parse_args([])) == {
-        "T": 50, "guidance": 5.0, "batch": 8, **how}
-    assert common.sampling_settings(p.parse_args(["--model", "shapes"])) == {
-        "T": 12, "guidance": 0.0, "batch": 256, **how}
-    given = ["--model", "shapes", "--steps", "3", "--cfg", "1", "--batch", "2",
-             "--temperature", "0", "--schedule", "linear", "--annealing", "none"]
-    assert common.sampling_settings(p.parse_args(given)) == {
-        "T": 3, "guidance": 1.0, "batch": 2, "temperature": 0.0, "schedule": "linear",
-        "annealing": "none"}
-    assert common.sampling_settings(p.parse_args(["--cfg", "0"]))["guidance"] == 0
-
-
-# ------------------------------------------------------------------------------ one process
-
-def fails_with(error):
-    def main():
-        raise error
-    return main
+def test_settings_of_the_sampler_depend_on_the_model(monkeypatch):
+    def settings(*flags):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
+        p = argparse.ArgumentParser()
+        common.add_model_flags(p.add_argument)
+        common.add_sampling_flags(p)
+        return common.sampling_settings(p.parse_args())
+    noise = {"temperature": 1.0, "schedule": "cosine", "annealing": "compound"}
+    assert settings() == {"T": 50, "guidance": 5.0, "batch": 8, **noise}
+    assert settings("--model", "shapes") == {"T": 12, "guidance": 0.0, "batch": 256, **noise}
+    given = settings("--steps", "3", "--cfg", "0", "--batch", "2", "--schedule", "linear")
+    assert given == {"T": 3, "guidance": 0, "batch": 2, **noise, "schedule": "linear"}
 
 
 def test_one_process_is_the_first_of_one(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert common.setup("cpu") == (0, 1, torch.device("cpu"))
-    assert (common.get_rank(), common.get_world()) == (0, 1)
+    assert (common.rank(), common.world()) == (0, 1)
     tensor = torch.arange(3)
     assert common.all_sum(tensor) is tensor and common.all_cat(tensor) is tensor
     assert common.all_lists([1, 2]) == [1, 2] and common.barrier() is None
+    assert common.peak_gib(torch.device("cpu")) == 0
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:7", "nonsense", "meta"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "nonsense"])
 def test_a_device_that_is_not_there_is_said(device):
-    with pytest.raises(InputError, match=f"--device {device}.*: cannot be used"):
+    with pytest.raises(SystemExit, match=f"--device {device}.*: there is none"):
         common.setup(device)
 
 
 def test_dtypes():
     assert common.choose_dtype("auto", "cpu") == common.choose_dtype("fp32", "cpu") == torch.float32
     assert common.choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+    assert common.choose_dtype("auto", "cuda") == torch.bfloat16
 
 
-def test_on_rank_0_alone(tmp_path):
-    def divide(a, b=1):
-        return a / b
-    assert common.on_rank_0(divide, 6, b=2) == 3
-    assert common.on_rank_0([3].count, 4) == 0 and common.on_rank_0([].clear) is None
-    with pytest.raises(InputError, match="^--out x: is taken$"):
-        common.on_rank_0(fails_with(InputError("--out x: is taken")))
-    absent = tmp_path / "absent/file"
-    with pytest.raises(InputError, match=f"^{absent}: No such file or directory; "):
-        common.on_rank_0(absent.write_text, "x")
-    with pytest.raises(ZeroDivisionError):      # what only a traceback explains stays what it is
-        common.on_rank_0(divide, 6, b=0)
-
-
-@pytest.mark.parametrize("error, line", [
-    (InputError("--lr: too large"), "--lr: too large"),
-    (OSError(errno.ENOSPC, "No space left on device"),
-     "a file: No space left on device; make room or choose another"),
-    (PermissionError(errno.EACCES, "Permission denied", "/a/b"),
-     "/a/b: Permission denied; make room or choose another"),
-    (torch.OutOfMemoryError("needs 3 GiB\nand more"),
-     "out of memory; a smaller --micro-batch or --batch needs less (needs 3 GiB)"),
-    (RuntimeError("gloo: closed"), None),           # of one process that is not a lost network
-    (OSError("unplugged"), None), (ValueError("a bug"), None)])
-def test_known_faults_are_one_line_and_exit_2(monkeypatch, capsys, error, line):
-    monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
-    monkeypatch.delenv("RANK", raising=False)
-    if line is None:
-        with pytest.raises(type(error)) as raised:
-            common.run(fails_with(error))
-        assert raised.value is error and capsys.readouterr().err == ""
-        return
-    with pytest.raises(SystemExit) as stopped:
-        common.run(fails_with(error))
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == f"train.py: error: {line}\n"
-
+# ------------------------------------------------------------------------------ errors
 
 class Store:
     """Stands for torchrun's key-value store."""
@@ -182,51 +64,56 @@ class Store:
         return self.n
 
 
-def test_of_several_faults_the_first_is_said(monkeypatch, capsys):
-    """By the process that has it; what follows from it on the others is not said."""
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(common, "leave", sys.exit)
-    lost = "error: lost another process, or the network between them (Connection closed by gloo)"
-    for rank, error, line in (("1", InputError("no disk"), "train.py: process 1: error: no disk"),
-                              ("0", InputError("no disk"), "train.py: error: no disk"),
-                              ("0", RuntimeError("Connection closed by gloo"), f"train.py: {lost}"),
-                              ("2", dist.DistBackendError("Connection closed by gloo"),
-                               f"train.py: process 2: {lost}")):
-        monkeypatch.setattr(common, "STORE", Store())
-        monkeypatch.setenv("RANK", rank)
-        for said in (line + "\n", ""):
-            with pytest.raises(SystemExit) as stopped:
-                common.run(fails_with(error))
-            assert stopped.value.code == 2 and capsys.readouterr().err == said
+def ends(error):
+    """Return the exit code of a program whose main() fails, with a stand-in for torchrun's store or
+    without."""
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stopped:
+        common.run(main)
+    return stopped.value.code
+
+
+def test_the_first_process_that_fails_says_a_plain_line(monkeypatch, capsys):
+    monkeypatch.setattr(common.os, "_exit", sys.exit)
     monkeypatch.setattr(common, "STORE", Store())
-    for said in (True, False):
-        with pytest.raises(SystemExit) as stopped:
-            common.run(fails_with(ValueError("a bug")))
-        assert stopped.value.code == 1
-        assert capsys.readouterr().err.endswith("ValueError: a bug\n") == said
+    for said in ("--out x: holds another run\n", ""):       # the second one is silent
+        assert ends(SystemExit("--out x: holds another run")) == 1
+        assert capsys.readouterr().err == said
+    monkeypatch.setattr(common, "STORE", Store())
+    assert ends(ValueError("a bug")) == 1                   # a traceback for what is not expected
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.rstrip().endswith("ValueError: a bug")
+    for rank, lines in (("0", 1), ("1", 0)):                # before the processes have joined
+        monkeypatch.setattr(common, "STORE", None)
+        monkeypatch.setenv("RANK", rank)
+        assert ends(SystemExit("--steps: not a number")) == 1
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_alone_python_reports_what_is_not_expected(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="a bug"):
+        common.run(lambda: int("a bug"))
+    monkeypatch.setattr(common.os, "_exit", sys.exit)
+    assert ends(torch.OutOfMemoryError("tried to allocate 3 GiB")) == 1
+    said = capsys.readouterr().err
+    assert "--micro-batch" in said and "--grad-checkpoint" in said and "--lora" in said
 
 
 # ------------------------------------------------------------------------------ signals
 
-class Clock:
-    """Stands for the module time, and goes only when it is told to."""
-    now = 100.0
-
-    def monotonic(self):
-        return self.now
-
-
 def test_a_second_signal_ends_at_once(monkeypatch):
-    clock, ended = Clock(), []
+    clock, ended = SimpleNamespace(now=100.0, monotonic=lambda: clock.now), []
     monkeypatch.setattr(common, "time", clock)
     monkeypatch.setattr(common.os, "_exit", ended.append)
     stop = common.StopSignal()
-    assert stop.asked == 0
+    assert not stop.asked
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.asked == 100.0 and ended == []
-    for clock.now in (100.0, 100.9, 101.0):         # the same one, passed on by torchrun
+    assert stop.asked and ended == []
+    for clock.now in (100.0, 100.9):                # the same one, passed on by torchrun
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked == 100.0 and ended == []
+        assert ended == []
     clock.now = 101.1
     os.kill(os.getpid(), signal.SIGINT)
     assert ended == [128 + signal.SIGINT]
@@ -237,8 +124,7 @@ def test_a_second_signal_ends_at_once(monkeypatch):
 def test_prompt_files(tmp_path):
     text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
     text.write_text("one\n\n  two words \n")
-    assert common.read_prompts(text) == [{"prompt": "one"}, {"prompt": "two words"}]
-    assert common.read_prompts(str(text)) == common.read_prompts(text)
+    assert common.read_prompts(str(text)) == [{"prompt": "one"}, {"prompt": "two words"}]
     lines.write_text('{"prompt": "a", "reward_prompt": "b", "tag": "x"}\n\n{"prompt": "c"}\n')
     assert common.read_prompts(lines) == [{"prompt": "a", "reward_prompt": "b", "tag": "x"},
                                           {"prompt": "c"}]
@@ -247,41 +133,35 @@ def test_prompt_files(tmp_path):
 def test_prompt_files_of_other_systems(tmp_path):
     """A byte order mark, carriage returns, and what only Python takes for a line's end."""
     text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
-    text.write_bytes("\ufeffein Käfer\r\n\r\ntwo\u2028words\x0b!\r\n{}".encode())
+    text.write_bytes("\ufeffein Käfer\r\n\r\ntwo\u2028words\x0b!\r\n\u00a0x \u00a0\n{}".encode())
     assert [entry["prompt"] for entry in common.read_prompts(text)] == [
-        "ein Käfer", "two\u2028words\x0b!", "{}"]
-    lines.write_bytes('\ufeff{"prompt": "Käfer\u2028"}\r\n{"prompt": ""}'.encode())
-    assert [entry["prompt"] for entry in common.read_prompts(lines)] == ["Käfer\u2028", ""]
+        "ein Käfer", "two\u2028words\x0b!", "x", "{}"]
+    lines.write_bytes('\ufeff{"prompt": "Käfer"}\r\n{"prompt": "b"}'.encode())
+    assert [entry["prompt"] for entry in common.read_prompts(lines)] == ["Käfer", "b"]
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b'{"prompt": "x"}\nnot json\n', "line 2 is not JSON"),
-    ("b.jsonl", b'{"text": "x"}', 'line 1 has no "prompt"'),
-    ("c.jsonl", b"[1]", 'line 1 has no "prompt"'),
-    ("d.jsonl", b'\n{"prompt": 3}', 'line 2 has no "prompt"'),
-    ("e.jsonl", b'{"prompt": "a", "reward_prompt": 1}', 'line 1 has a "reward_prompt" that is no'),
-    ("f.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "line 2 is not JSON"),
-    ("g.jsonl", b'{"prompt": ' + b"[" * 100_000, "line 1 is not JSON"),
-    ("h.txt", b" \n", "no prompts"), ("i.jsonl", b"", "no prompts"),
-    ("j.txt", b"good\n\xff\xfe\x00bad", "line 2 is not UTF-8"),
-    ("k.txt", None, "cannot be read"), (".", None, "cannot be read")])
+    ("a.jsonl", b'{"prompt": "x"}\nnot json\n', 'number 2 has no "prompt"'),
+    ("b.jsonl", b'{"text": "x"}', 'number 1 has no "prompt"'),
+    ("c.txt", b" \n", "there is no prompt in it"),
+    ("d.parquet", b"", "wanted .txt"), ("e.txt", None, "cannot be read")])
 def test_bad_prompt_files_are_said(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as refused:
+    with pytest.raises(SystemExit, match=message) as refused:
         common.read_prompts(tmp_path / name)
-    assert str(refused.value).startswith(f"--prompts {tmp_path / name}: ")
+    assert str(refused.value).startswith(str(tmp_path / name))
 
 
 # ------------------------------------------------------------------------------ the log
 
 ROW = {"step": 3, "reward_mean": 0.5, "adv_zero": 0.25, "ratio_mean": 1.0, "ratio_max": 1.0,
        "approx_kl": 0.0, "kl_ref": 0.0, "clip_fraction": 0.0, "grad_norm": 0.125, "entropy": 2.0,
-       "lr": 1e-3, "images_per_s": 12.0, "skipped": 0, "bad_prompts": []}
+       "lr": 1e-3, "images_per_s": 12.0, "taken": 1}
 
 
 def log(out, **flags):
-    return common.Log(out, SimpleNamespace(steps=4, wandb=None, **flags), 2)
+    return common.Log(out, SimpleNamespace(**{"steps": 4, "wandb": None, **flags}), 2)
 
 
 def lines_of(path):
@@ -294,103 +174,39 @@ def lines_of(path):
 def test_the_log_writes_a_row_and_says_a_line(tmp_path, capsys):
     own = log(tmp_path)
     own.step(ROW)
-    own.step({**ROW, "step": 4})
+    own.step({**ROW, "step": 4, "grad_norm": math.nan, "reward_mean": -math.inf, "taken": 0})
     own.evaluation({"step": 4, "overall": 0.25, "colors": 1.0})
-    own.say("")
-    assert lines_of(tmp_path / "metrics.jsonl") == [ROW, {**ROW, "step": 4}]
+    nulls = {**ROW, "step": 4, "grad_norm": None, "reward_mean": None, "taken": 0}
+    assert lines_of(tmp_path / "metrics.jsonl") == [ROW, nulls]
     assert lines_of(tmp_path / "eval.jsonl") == [{"step": 4, "overall": 0.25, "colors": 1.0}]
     said = capsys.readouterr().out.splitlines()
     assert said[0] == ("    3/4 | reward 0.500 zero-adv 0.25 ratio 1.000 kl 0.0e+00 clip 0.00 "
                        "grad 0.12 entropy 2.00 lr 1.0e-03 | 12.0 img/s")
-    assert said[2:] == ["eval step 4 overall 0.250 colors 1.000"]
-
-
-def test_what_is_not_finite_is_null_in_rows_and_a_dash_on_the_screen(tmp_path, capsys):
-    row = {**ROW, "grad_norm": math.nan, "entropy": -math.inf, "reward_mean": math.inf}
-    log(tmp_path).step(row)
-    wanted = {**ROW, "grad_norm": None, "entropy": None, "reward_mean": None}
-    assert lines_of(tmp_path / "metrics.jsonl") == [wanted]
-    assert " grad - entropy - lr " in capsys.readouterr().out
-    assert (common.number(-1.005), common.number(0)) == ("-1.00", "0.00")
-
-
-def test_alarms(tmp_path, capsys):
-    own = log(tmp_path)
-    own.step({**ROW, "ratio_max": 10.0, "approx_kl": 0.5, "kl_ref": 10.0})      # not above
-    assert "ALARM" not in capsys.readouterr().out
-    own.step({**ROW, "approx_kl": math.inf, "kl_ref": 9.0, "ratio_max": 11.0})
-    said = capsys.readouterr().out
-    assert "ALARM: ratio_max 11 is above 10" in said and "ALARM: approx_kl inf is above 0.5" in said
-    assert said.count("ALARM") == 2
-    assert checkpoint.read_rows(tmp_path / "metrics.jsonl")[1]["approx_kl"] is None
-    own.step({**ROW, "kl_ref": 10.5})
-    assert "ALARM: kl_ref 10.5 is above 10; a smaller --lr" in capsys.readouterr().out
-
-
-def test_a_skipped_step_is_said_with_its_prompts(tmp_path, capsys):
-    own = log(tmp_path)
-    own.step({**ROW, "skipped": 1, "bad_prompts": ["a star", "a moon"]})
-    own.step({**ROW, "skipped": 1})
-    said = capsys.readouterr().out.splitlines()
-    assert said[1] == "step 3 skipped, something was not finite: a star; a moon"
-    assert said[3] == "step 3 skipped, something was not finite: the sum of the gradients"
+    assert said[1].endswith("NOT TAKEN: not finite")
+    assert said[2] == "eval step 4 overall 0.25 colors 1"
 
 
 def test_other_processes_log_nothing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(common, "get_rank", lambda: 1)
+    monkeypatch.setattr(common, "rank", lambda: 1)
     own = log(tmp_path)
-    own.step({**ROW, "ratio_max": 99.0, "skipped": 1})
+    own.step({**ROW, "taken": 0})
     own.evaluation({"step": 3, "overall": 0.0})
     own.say("hello")
     said = capsys.readouterr()
     assert said.out == said.err == "" and list(tmp_path.iterdir()) == []
 
 
-def test_a_row_that_cannot_be_written_is_said(tmp_path):
-    with pytest.raises(InputError, match="gone/metrics.jsonl: cannot be written .*No such file"):
-        log(tmp_path / "gone").step(ROW)
-
-
 def test_weights_and_biases_get_the_same_rows(monkeypatch, tmp_path):
     sent = []
 
-    class Run:
-        def log(self, values, step):
-            sent.append((values, step))
-
-    def init(**how):
-        sent.append(how)
-        return Run()
+    def init(**settings):
+        sent.append(settings)
+        return SimpleNamespace(log=lambda values, step: sent.append((values, step)))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    args = SimpleNamespace(steps=4, wandb="project", seed=1)
-    own = common.Log(tmp_path / "run", args, 0)
-    (tmp_path / "run").mkdir()
+    own = log(tmp_path, wandb="project", seed=1)
     own.evaluation({"step": 2, "overall": math.nan})
-    assert sent == [{"project": "project", "name": "run", "config": vars(args)},
-                    ({"eval/step": 2, "eval/overall": None}, 2)]
-
-
-def test_before_after_table():
-    rows = [{"step": 0, "overall": 0.25, "colors": 0.5, "counting": None, "gone": 1.0},
-            {"step": 5, "overall": 0.5},
-            {"step": 10, "overall": 0.75, "colors": None, "counting": 1.0, "new": 1.0}]
-    assert common.before_after_table(rows).splitlines() == [
-        "                  before -> after     (steps 0 and 10)",
-        "overall            0.250 -> 0.750   "]
-    lines = common.before_after_table([rows[0], {**rows[0], "step": 7}]).splitlines()
-    assert [line.split()[0] for line in lines] == ["before", "overall", "colors", "gone"]
-
-
-def test_peak_memory_is_that_of_this_process():
-    with open("/proc/self/status") as status:
-        high_water = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    assert common.peak_gib("cpu") == pytest.approx(high_water / 2 ** 20, rel=0.05)
-    block = torch.ones(2 ** 25)
-    full = common.peak_gib(torch.device("cpu"))
-    assert full >= block.nbytes / 2 ** 30
-    del block
-    assert common.peak_gib("cpu") >= full       # the most, not what it holds now
-    assert full <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    assert sent[0]["project"] == "project" and sent[0]["config"]["seed"] == 1
+    assert sent[1] == ({"eval/step": 2, "eval/overall": None}, 2)
 
 
 # ------------------------------------------------------------------------------ pictures
@@ -405,23 +221,31 @@ def test_a_grid_enlarges_small_pictures_and_writes_captions_under_them():
         assert picture.getextrema() == ((40 * i, 40 * i),) * 3
         caption = sheet.crop((x, y + 130, x + 132, y + 160)).convert("L")
         assert caption.getextrema()[0] < 100 and caption.getpixel((131, 29)) == 255
-
-
-def test_a_grid_without_captions_has_no_room_for_them():
-    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    assert common.grid(images, [""] * 3, 2).size == (2 * 132, 2 * 132)
-    assert common.grid(images, ["", "", "x"], 2).size == (2 * 132, 2 * 160)
-    wide = torch.zeros(1, 3, 200, 300, dtype=torch.uint8)
-    assert common.grid(wide, [""], 1).size == (304, 204)        # as it is
     with pytest.raises(ValueError):
         common.grid(images, ["one caption"], 2)
 
 
-def test_a_picture_keeps_its_pixels():
+def test_a_picture_keeps_its_pixels(tmp_path):
     image = torch.randint(256, (3, 4, 5), dtype=torch.uint8,
                           generator=torch.Generator().manual_seed(0))
-    pixels = common.to_pil(image)
-    assert pixels.size == (5, 4) and pixels.getpixel((3, 1)) == tuple(image[:, 1, 3].tolist())
+    common.to_pil(image).save(tmp_path / "x.png")
+    assert torch.equal(common.read_picture(tmp_path / "x.png"), image)
+
+
+def test_pictures_that_are_there_are_kept(tmp_path):
+    files = {i: [tmp_path / f"{i}-{k}.png" for k in range(2)] for i in (3, 5, 8)}
+    examples, drawn = [{"prompt": str(i)} for i in range(9)], []
+
+    def draw(prompts, n, seeds):
+        drawn.append((prompts, list(seeds)))
+        return torch.full((len(prompts) * n, 3, 8, 8), 7, dtype=torch.uint8)
+    assert common.draw_missing(files, examples, draw, 4) == 6
+    assert drawn == [(["3", "5"], [3, 5]), (["8"], [8])]
+    files[5][1].unlink()
+    assert common.draw_missing(files, examples, draw, 4) == 2 and drawn[-1] == (["5"], [5])
+    assert common.draw_missing(files, examples, draw, 4) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        f.name for paths in files.values() for f in paths)
 
 
 def test_the_first_grid_is_put_above_the_last(tmp_path):

@@ -21,17 +21,13 @@ def test_advantages():
     assert (adv[1] == 0).all() and (adv[3] == 0).all()
     torch.testing.assert_close(group_advantages(rewards * 100 + 7)[[0, 2]], adv[[0, 2]])
 
-    with pytest.raises(ValueError, match="kind 'median'"):
-        group_advantages(rewards, "median")
-    for bad in (torch.zeros(3, 1), torch.zeros(4)):
-        with pytest.raises(ValueError, match="at least 2"):
-            group_advantages(bad)
 
-
-def test_advantages_without_division():
-    rewards = torch.tensor([[1.0, 2, 3, 6], [5, 5, 5, 5], [0.1, 0.1, 0.1, 0.1]])
-    wanted = torch.tensor([[-2.0, -1, 0, 3], [0, 0, 0, 0], [0, 0, 0, 0]])
-    torch.testing.assert_close(group_advantages(rewards, "mean"), wanted)
+def test_a_reward_without_a_score_stands_in_no_mean():
+    rewards = torch.tensor([[1.0, math.nan, 2, 6], [math.nan, math.nan, 1, math.nan], [1, 2, 3, 4]])
+    adv = group_advantages(rewards)
+    torch.testing.assert_close(adv[0, [0, 2, 3]], group_advantages(torch.tensor([[1.0, 2, 6]]))[0])
+    assert adv[0, 1] == 0 and (adv[1] == 0).all()
+    assert torch.equal(adv[2], group_advantages(rewards[2:])[0])
 
 
 # ------------------------------------------------------------------------------ the objective
@@ -42,6 +38,17 @@ def test_the_ratio_of_the_mean_token():
     assert value.item() == pytest.approx((math.exp(0.1) + math.exp(-0.2)) / 2)
     value.backward()
     assert logp.grad.tolist() == pytest.approx([math.exp(0.1) / 8, math.exp(-0.2) / 8])
+    nothing_moved = torch.zeros(2), torch.zeros(2), torch.tensor([1.0, 3.0])
+    assert clipped_objective(*nothing_moved, length=0) == 2.0
+
+
+def test_micro_batches_weighed_by_their_rows_are_the_whole():
+    logp = torch.linspace(-0.3, 0.3, 5).requires_grad_()
+    old, adv = torch.zeros(5), torch.tensor([1.0, -2, 3, -1, 2])
+    whole, = torch.autograd.grad(clipped_objective(logp, old, adv), logp)
+    for rows in torch.arange(5).split(2):
+        (clipped_objective(logp[rows], old[rows], adv[rows]) * len(rows) / 5).backward()
+    torch.testing.assert_close(logp.grad, whole)
 
 
 def test_far_ratios_have_a_finite_gradient():
@@ -105,16 +112,14 @@ def test_kl_pulls_towards_the_reference():
 
 # ------------------------------------------------------------------------------ gradients
 
-def objective_of(weights, traj, K, adv, kind, old, reference, low=0.9, high=1.2):
+def objective_of(weights, traj, adv, kind, old, reference, low=0.9, high=1.2):
     """Return Eq. 10 of a toy policy, logits = weights[state] mixed along the row, all iterations at
     once, and its log-probabilities. old: None = those of this policy."""
     columns, ref_columns = [], []
     for t in range(traj.threshold.shape[1]):
-        state = traj.state(t, K)
-        move = dict(codes=traj.codes, order=traj.order, t=t, kind=kind,
-                    threshold=traj.threshold.to(weights.dtype), sampled=traj.sampled)
-        columns.append(transition_log_prob(weights[state].cumsum(1), **move))
-        ref_columns.append(transition_log_prob(reference[state].cumsum(1), **move))
+        state = traj.state(t)
+        columns.append(transition_log_prob(weights[state].cumsum(1), traj, t, kind))
+        ref_columns.append(transition_log_prob(reference[state].cumsum(1), traj, t, kind))
     logp, logp_ref = torch.stack(columns, 1), torch.stack(ref_columns, 1)
     old = logp.detach() if old is None else old
     return clipped_objective(logp, old, adv, low, high) - 0.05 * kl_k3(logp, logp_ref), logp
@@ -129,14 +134,14 @@ def test_gradient_matches_finite_differences(kind, moved):
     def noise(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
     sampling = noise(K + 1, K)
-    traj = rollout(lambda codes: sampling[codes].cumsum(1), 6, 5, K, T, generator=generator,
-                   keep_sampled=True)
+    traj = rollout(lambda codes: sampling[codes].cumsum(1), 6, 5, K, T, generator=generator)
+    traj.threshold = traj.threshold.double()
     adv = group_advantages(noise(2, 3)).flatten()
     reference = sampling + 0.1 * noise(K + 1, K)
-    _, old = objective_of(sampling, traj, K, adv, kind, None, reference)
+    _, old = objective_of(sampling, traj, adv, kind, None, reference)
 
     weights = (sampling + moved * noise(K + 1, K)).requires_grad_()
-    value, logp = objective_of(weights, traj, K, adv, kind, old.detach(), reference)
+    value, logp = objective_of(weights, traj, adv, kind, old.detach(), reference)
     value.backward()
     ratio = (logp - old).exp()
     for kink in (0.9, 1.2):     # none within the difference
@@ -149,7 +154,7 @@ def test_gradient_matches_finite_differences(kind, moved):
             for sign in (1, -1):
                 nudged = weights.clone()
                 nudged.view(-1)[i] += sign * 1e-6
-                value, _ = objective_of(nudged, traj, K, adv, kind, old, reference)
+                value, _ = objective_of(nudged, traj, adv, kind, old, reference)
                 numeric.view(-1)[i] += sign * value / 2e-6
     torch.testing.assert_close(weights.grad, numeric, atol=1e-7, rtol=1e-5)
 
@@ -158,29 +163,28 @@ def test_gradient_matches_finite_differences(kind, moved):
 
 def test_filter_rejects_low_groups_after_its_warmup():
     f = SampleFilter(percentile=10, warmup=10)
-    assert f.keep(torch.tensor([0.0] + [1.0] * 8)).all() and f.bar is None
-    assert f.keep(torch.tensor([0.0])).all()
-    assert f.keep(torch.tensor([0.5])).all()        # 2 of 10 are 0: the 10th percentile is 0
-    f.keep(torch.linspace(1, 2, 30))
+    assert f.judge(torch.tensor([0.0] + [1.0] * 8)).all() and f.bar is None
+    assert f.judge(torch.tensor([0.0])).all()
+    assert f.judge(torch.tensor([0.5])).all()        # 2 of 10 are 0: the 10th percentile is 0
+    f.judge(torch.linspace(1, 2, 30))
     assert f.bar == pytest.approx(sorted(f.history)[4])     # of 41, the fifth smallest
-    kept = f.keep(torch.tensor([0.4, 0.99, 1.0, 3.0]))
-    assert kept.tolist() == [False, False, True, True]
+    passed = f.judge(torch.tensor([0.4, 0.99, 1.0, 3.0]))
+    assert passed.tolist() == [False, False, True, True]
     assert len(f.history) == 45                     # rejected groups are remembered too
 
 
 def test_filter_keeps_what_is_not_finite_and_forgets_it():
     f = SampleFilter(percentile=50, warmup=1)
-    f.keep(torch.ones(4))
-    kept = f.keep(torch.tensor([math.nan, math.inf, 0.5]))
-    assert kept.tolist() == [True, True, False] and f.history == [1, 1, 1, 1, 0.5]
+    f.judge(torch.ones(4))
+    passed = f.judge(torch.tensor([math.nan, math.inf, 0.5]))
+    assert passed.tolist() == [True, True, False] and f.history == [1, 1, 1, 1, 0.5]
 
 
 def test_filter_state():
     f, g = SampleFilter(warmup=2), SampleFilter(warmup=2)
-    f.keep(torch.rand(30))
+    f.judge(torch.rand(30))
     g.load_state_dict(f.state_dict())
     assert g.bar == f.bar is not None
-    f.keep(torch.ones(3))
+    f.judge(torch.ones(3))
     assert len(g.history) == 30
-    with pytest.raises(ValueError):
-        SampleFilter(percentile=101)
+    assert SampleFilter.keep is SampleFilter.judge      # the call's former name
