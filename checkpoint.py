@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ def read_weights(path, device="cpu", dtype=None) -> dict:
     if path.suffix == ".safetensors":
         state = load_file(path)             # memory-mapped
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        new = zipfile.is_zipfile(path)      # only then can it be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=new)
         state = state.get("state_dict", state)
     for name, weight in state.items():      # cast and moved one by one
         state[name] = weight.to(device, dtype if weight.is_floating_point() else None)

@@ -328,6 +328,14 @@ def load_clip(name: str, device="cpu"):
     return freeze_for_scoring(model, device), transform, open_clip.get_tokenizer(model_name)
 
 
+def load_whole(kind, name):
+    """Load transformers' model of a kind, which by itself goes on without weights that lack."""
+    model, info = kind.from_pretrained(fetch(name), output_loading_info=True)
+    if info["missing_keys"]:
+        raise SystemExit(f"{name}: lacks {len(info['missing_keys'])} weights of {kind.__name__}")
+    return model
+
+
 def freeze_for_scoring(model, device):
     """Return a CLIP model on device without gradients, in half precision on a GPU, but for
     logit_scale: exp() would magnify its rounding."""
@@ -385,7 +393,9 @@ class Detector(torch.nn.Module):
         from transformers import Mask2FormerForUniversalSegmentation
         super().__init__()
         self.batch, self.texts = batch, {}
-        self.model = Mask2FormerForUniversalSegmentation.from_pretrained(fetch(name))
+        self.model = load_whole(Mask2FormerForUniversalSegmentation, name)
+        if self.model.config.num_labels != len(CLASSES):
+            raise SystemExit(f"{name}: has {self.model.config.num_labels} classes, not COCO's 80")
         self.clip, self.transform, self.tokenizer = load_clip(COLOUR_CLIP, device)
         self.eval().requires_grad_(False).to(device)
 
@@ -511,7 +521,9 @@ def main():
     add("--images-only", action="store_true", help="draw, for another scorer")
     add("--write-prompts", type=Path, metavar="FILE", help="write --n training prompts")
     add("--prompts", help="jsonl with metadata (default: the 553 official ones, or shapes' 63)")
-    add("--n", type=int, default=4, help="pictures per prompt, or training prompts")
+    # torchrun takes --n for an abbreviation of its own flags
+    add("--images-per-prompt", "--n", type=int, default=4, dest="n",
+        help="pictures per prompt, or training prompts")
     add("--detector", default=DETECTOR, help="hub id or folder of a Mask2Former")
     common.add_model_flags(add)
     common.add_sampling_flags(p)

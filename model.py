@@ -193,6 +193,8 @@ class Showo(nn.Module):
         self.pad, self.soi, self.eoi, self.t2i = (
             self.text_vocab + SPECIALS.index(name)
             for name in ("[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>"))
+        assert config["vocab_size"] == self.code_offset + self.K + 1, "the vocabulary's parts"
+        assert self.phi["hidden_act"] == "gelu_new" and not self.phi.get("rope_scaling"), "not Phi"
         self.showo = Phi(config["vocab_size"], self.phi)
 
     @property
@@ -432,6 +434,8 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
     file (.pth, .bin, .safetensors), whose config.json lies beside it or in the folder or hub id
     like. tokenizer: folder or hub id (default: the folder's own, or microsoft/phi-1_5)."""
     path = fetch(path_or_hub_id)
+    state = {name: weight for name, weight in read_weights(path, device, dtype).items()
+             if not name.startswith("mm_projector.")}       # for understanding pictures
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").exists() or "Showo" not in (folder / "config.json").read_text():
         folder = fetch(like or "showlab/show-o-512x512", "*config.json")
@@ -442,8 +446,6 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
     own_tokenizer = folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"
     text = AutoTokenizer.from_pretrained(fetch(tokenizer or own_tokenizer, *TOKENIZER))
     assert len(text) <= config["llm_vocab_size"], "the tokenizer has more entries than the model"
-    state = {name: weight for name, weight in read_weights(path, device, dtype).items()
-             if not name.startswith("mm_projector.")}       # for understanding pictures
     with torch.device("meta"):
         model = Showo(config, phi, text)
     load_strict(model, state, path)

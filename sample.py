@@ -250,7 +250,8 @@ def main():
     p.error = sys.exit
     p.add_argument("--prompt", action="append", default=[], help="can be given several times")
     p.add_argument("--prompts", help='a file: txt, a prompt a line, or jsonl with "prompt"')
-    p.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    p.add_argument("--images-per-prompt", "--n", type=int, default=1, dest="n",
+                   help="under torchrun, --n is not understood")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default=time.strftime("sample-%Y%m%d-%H%M%S.png"), type=Path,
                    help="a .png, or a folder, in which pictures that are there are kept")

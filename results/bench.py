@@ -14,6 +14,7 @@ is timed, both must give the same log-probabilities of the same trajectories. --
 numbers; with --size shapes --repeat 1 each takes seconds.
 """
 import argparse
+import functools
 import json
 import multiprocessing
 import re
@@ -39,8 +40,8 @@ from sample import (  # noqa: E402
     mask_schedule,
     rollout,
     temperatures,
+    transition_log_prob,
 )
-from train import move_log_prob  # noqa: E402
 
 # Phi's sizes, then Show-o's: text vocabulary, K, N, and T and G of the run they stand for
 SIZES = {
@@ -65,8 +66,21 @@ def random_showo(size, device):
     with torch.device(device):
         showo = Showo(config, phi | {"initializer_range": 0.05}, None)
     if torch.device(device).type == "cuda":
-        showo.compute_dtype = torch.bfloat16
+        showo.compute_dtype, showo.compiled = torch.bfloat16, True
     return showo.eval(), T, G
+
+
+@functools.cache
+def plain_phi(showo):
+    """Return transformers' PhiForCausalLM with the very weights of a Showo."""
+    from transformers import PhiConfig, PhiForCausalLM
+    with torch.device("meta"):
+        config = PhiConfig.from_dict({**showo.phi})
+        phi = PhiForCausalLM._from_config(config, attn_implementation="sdpa")
+    phi.load_state_dict(showo.showo.state_dict(), assign=True)
+    rotary = phi.model.rotary_emb           # its buffers are computed, not loaded
+    phi.model.rotary_emb = type(rotary)(config).to(showo.device)
+    return phi.eval()
 
 
 def random_prompt(showo, length=20):
@@ -86,7 +100,7 @@ def random_trajectory(showo, G, T):
     order = torch.stack([times[torch.randperm(showo.N)] for _ in range(G)])
     codes = torch.randint(showo.K, (G, showo.N))
     threshold = torch.full((G, T), 0.01, device=showo.device)
-    return Trajectory(codes.to(showo.device), order.to(showo.device), threshold)
+    return Trajectory(codes.to(showo.device), order.to(showo.device), threshold, showo.K)
 
 
 def generators(device, seeds):
@@ -97,9 +111,9 @@ def generators(device, seeds):
 
 def our_rollout(showo, prompt, G, T):
     """Roll out a group of G images -> Trajectory."""
-    with torch.no_grad(), showo.autocast():
+    with torch.no_grad():
         policy = showo.policy(prompt.repeat(G))
-        return rollout(policy, G, showo.N, showo.K, T, generator=generators(showo.device, range(G)))
+    return rollout(policy, G, showo.N, showo.K, T, generator=generators(showo.device, range(G)))
 
 
 def our_update(showo, prompt, traj, t, kind, steps=1):
@@ -107,7 +121,9 @@ def our_update(showo, prompt, traj, t, kind, steps=1):
     out = []
     with showo.shared_text(prompt.repeat(len(traj.codes))) as text:
         for s in range(t, t + steps):
-            logp, _ = move_log_prob(showo, text, traj, s, kind)
+            positions = traj.positions(s, kind)
+            logits = showo.logits(traj.state(s), text, positions=positions)
+            logp = transition_log_prob(logits, traj.at(positions), s, kind)
             (logp.mean() / steps).backward()
             out.append(logp.detach())
     return out[0]
@@ -122,9 +138,10 @@ def plain_logits(showo, codes, prompt):
     causal, within_image = i[:, None] >= i, (i[:, None] >= TEXT) & (i >= TEXT)
     sees = (causal | within_image) & (ids != showo.pad)[:, None]
     mask = torch.where(sees | (i[:, None] == i), 0.0, -1e9)[:, None]
-    with showo.autocast():
-        return showo.showo(input_ids=ids, attention_mask=mask, position_ids=i[None],
-                           use_cache=False).logits
+    half = torch.autocast(ids.device.type, torch.bfloat16, enabled=showo.half == torch.bfloat16)
+    with half:
+        return plain_phi(showo)(input_ids=ids, attention_mask=mask, position_ids=i[None],
+                                use_cache=False).logits
 
 
 def plain_image_logits(showo, codes, prompt):
@@ -159,7 +176,7 @@ def plain_rollout(showo, prompt, T):
 
 def plain_update(showo, prompt, traj, t, kind):
     """Take the gradient of iteration t of a group -> log-probabilities, Float (G,)."""
-    state, group = traj.state(t, showo.K), prompt.repeat(len(traj.codes))
+    state, group = traj.state(t), prompt.repeat(len(traj.codes))
     logits = plain_logits(showo, state, group)      # all of them are kept for the backward pass
     logp = image_part(showo, logits).log_softmax(-1)
     new, remasked = traj.order == t, traj.order > t
@@ -208,8 +225,8 @@ def flops(showo, tokens, context, wanted):
     tokens, each seeing `context` others, pass the blocks; the wanted ones alone pass the last block
     (whose keys and values are of all) and the head.
     """
-    width, layers = showo.phi_config.hidden_size, showo.phi_config.num_hidden_layers
-    parameters = sum(p.numel() for p in showo.showo.model.layers[0].parameters())
+    width, layers = showo.phi["hidden_size"], showo.phi["num_hidden_layers"]
+    parameters = sum(p.numel() for p in showo.showo.model["layers"][0].parameters())
     block = 2 * parameters + 4 * width * context                                # per token
     first = (layers - 1) * block * tokens
     last = 4 * width ** 2 * tokens + (block + 2 * width * showo.K) * wanted
@@ -251,7 +268,7 @@ def peak_of_update(who, size, device, G, T, kind):
     showo, default_T, default_G = random_showo(size, device)
     T, G = T or default_T, G or default_G
     prompt, traj = random_prompt(showo), random_trajectory(showo, G, T)
-    for p in showo.parameters():
+    for p in (plain_phi(showo) if who == "plain" else showo).parameters():
         p.grad = torch.zeros_like(p)
     update = plain_update if who == "plain" else our_update
     update(showo, prompt, traj, T // 2, kind)
@@ -351,7 +368,7 @@ def name_of(device):
 
 def image_columns_only(showo, codes, prompt):
     """Do plain's pass with the image positions and image columns of the head alone."""
-    head = showo.showo.lm_head
+    head = plain_phi(showo).lm_head
     columns = slice(showo.code_offset, showo.code_offset + showo.K)
     weight, bias = head.weight[columns].detach(), head.bias[columns].detach()
     head.forward = lambda x: F.linear(x[:, -showo.N - 1:-1], weight, bias)
@@ -367,7 +384,7 @@ def bench_ladder(args):
     device = torch.device(args.device)
     showo, T, G = random_showo(args.size, device)
     prompt, traj, mid = random_prompt(showo), random_trajectory(showo, G, T), T // 2
-    group, codes = prompt.repeat(G), traj.state(mid, showo.K)
+    group, codes = prompt.repeat(G), traj.state(mid)
     masked, new = traj.positions(mid, "p1"), traj.positions(mid, "p2")
 
     def one_at_a_time():

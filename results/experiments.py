@@ -1,7 +1,7 @@
 """The paper's tables on the tiny base, and some beyond them.
 
     python results/experiments.py run [NAME ...]    # two at a time, a core each; can be stopped
-    python results/experiments.py report            # experiments/README.md, a plot of each
+    python results/experiments.py report            # README.md and a plot of each, into --folder
     python results/experiments.py look              # the two factors of Eq. 14, by iteration
     python results/experiments.py ceiling           # what the base can draw at all: best of 64
 
@@ -13,6 +13,7 @@ experiments/notes.md holds what was predicted and found, and the commands of the
 numbers are in long.json; report puts tables and plots into it.
 Intervals are 95%, Student's t over seeds; arms are compared seed by seed.
 """
+import argparse
 import json
 import math
 import os
@@ -26,50 +27,46 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent / "experiments"
+HERE = Path(__file__).resolve().parent / "experiments"     # what commit df7ff46 measured
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import shapes  # noqa: E402
 from checkpoint import read_rows  # noqa: E402
-from common import Parser, flags_line, in_range  # noqa: E402
 
 DEFAULT = dict(
-    model="shapes", reward="clip:shapes/clip", eval_reward="clip:shapes/clip", steps=20,
+    model="shapes", reward="clip:shapes/clip",
+    eval_reward="geneval:official,geneval:exact:0,clip:shapes/clip:0", steps=20,
     prompts_per_step=8, group_size=8, unmask_steps=12, no_kl=True, filter_low=True,
-    transition="p2", ratio="sum", lr="8e-4", eval_every=20, sample_every=0, save_every=0)
+    transition="p2", ratio="sum", lr="8e-4", eval_every=20, save_every=0)
 SEEDS = {
     "rates": (1, 2),            # to choose the rates, so that no other table has their luck
-    "recipe": range(8, 13),     # fresh ones, since the arms are chosen on the others
 }
 
 # of the log, over steps; of a few steps with far ratios a mean would tell nothing else
 MEANS = ("reward_mean", "reward_std", "adv_zero", "resampled", "grad_norm", "clip_fraction",
-         "kl_ref", "entropy", "skipped", "s_rollout", "s_update", "s_step")
+         "kl_ref", "entropy", "taken", "s_rollout", "s_update")
 MEDIANS = ("ratio_max", "approx_kl")
 
 # half width of a 95% interval in standard errors, by number of seeds
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 # beside the overall score; all but those of MEANS and MEDIANS are of the last evaluation
-CLIP = "clip:shapes/clip"
+EXACT, CLIP = "geneval:exact", "clip:shapes/clip"
 FAMILIES = tuple(shapes.FAMILIES)
 COLUMNS = {
-    "rates": ("exact", CLIP, "objects"),
-    "transition": ("exact", CLIP, "objects", "grad_norm"),
-    "kl": ("exact", CLIP, "kl_ref", "s_step"),
-    "filter": ("exact", CLIP, "resampled", "adv_zero", "s_step"),
-    "reduction": ("exact", CLIP, "objects", "s_step"),
-    "reward": ("exact", CLIP, "objects", *FAMILIES),
-    "successors": ("exact", CLIP, "objects", "s_step"),
-    "recipe": ("exact", CLIP, "objects", "s_step"),
+    "rates": (EXACT, CLIP),
+    "transition": (EXACT, CLIP, "grad_norm"),
+    "kl": (EXACT, CLIP, "kl_ref", "s_update"),
+    "filter": (EXACT, CLIP, "resampled", "adv_zero", "s_update"),
+    "reduction": (EXACT, CLIP, "s_update"),
+    "reward": (EXACT, CLIP, *FAMILIES),
 }
 
 
 # ----------------------------------------------------------------------------------- experiments
 
 KINDS, RATES = ("p2", "p1", "ar"), ("4e-4", "8e-4", "1.6e-3")
-FORWARD = dict(trajectory="forward", ratio="mean")
 GENEVAL = dict(reward="geneval:exact")
 KL = dict(no_kl=False, kl_beta=0.01)
 LONG = dict(steps=40, eval_every=10)
@@ -87,25 +84,22 @@ EXPERIMENTS = {
     "transition": {f"{kind}, ratio {ratio}": dict(transition=kind, ratio=ratio, lr=BEST[kind])
                    for kind in KINDS for ratio in ("sum", "mean")},
     "kl": {"beta 0": {}, "beta 0.01": KL},
-    "filter": {"off": dict(filter_low=False), "percentile 10": {},
-               "percentile 30": dict(filter_percentile=30)},
+    "filter": {"off": dict(filter_low=False), "percentile 10": {}},
     "reduction": {"all 12": {}, "first 6": part("first", 6), "last 6": part("last", 6),
                   "random 6": part("random", 6), "T 6": dict(unmask_steps=6),
                   "T 4": dict(unmask_steps=4)},
     "reward": {"clip": LONG, "geneval": LONG | GENEVAL,
                "clip, KL": LONG | KL, "geneval, KL": LONG | GENEVAL | KL},
-    "successors": {"default": {}, "forward": FORWARD,
-                   "forward, 3 early, 40 steps": dict(FORWARD, **part("early", 3), steps=40,
-                                                      eval_every=40),
-                   "random order": dict(confidence="random"),
-                   "guidance 2 in rollouts": dict(guidance=2), "adv mean": dict(adv="mean")},
-    "recipe": {"paper": dict(transition="p1", lr=BEST["p1"]), "best": dict(ratio="mean")},
 }
 
 
 def flags_of(arm):
     """Return the flags of train.py for an arm, as one line."""
-    return flags_line(DEFAULT | arm)
+    words = []
+    for name, value in (DEFAULT | arm).items():
+        if value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return " ".join(words)
 
 
 def seeds_of(name):
@@ -379,9 +373,8 @@ def look(args, B=96):
     signs = torch.randint(2, (B,), generator=generator) * 2.0 - 1
     rows = []
     for t in range(T):
-        logits = showo.logits(traj.state(t, showo.K), prompt)
-        p1, p2 = (transition_log_prob(logits, traj.codes, traj.order, t, kind,
-                                      threshold=traj.threshold) for kind in ("p1", "p2"))
+        logits = showo.logits(traj.state(t), prompt)
+        p1, p2 = (transition_log_prob(logits, traj, t, kind) for kind in ("p1", "p2"))
         rows.append({
             "t": t,
             "objects": round(shows_object[traj.order == t].float().mean().item(), 3),
@@ -421,14 +414,14 @@ def ceiling(args, n=64):
 
 
 def main():
-    p = Parser("The paper's tables on the tiny base.")
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("what", choices=["run", "report", "look", "ceiling"])
     p.add_argument("names", nargs="*", metavar="NAME",
                    help=f"to run: {', '.join(EXPERIMENTS)} (default: all)")
-    p.add_argument("--folder", type=Path, default=HERE,
+    p.add_argument("--folder", type=Path, default=Path("runs/experiments"),
                    help="of rows.jsonl, the other numbers and the report")
-    p.add_argument("--jobs", type=in_range(int, 1), default=2, help="runs at a time")
-    p.add_argument("--seeds", type=in_range(int, 0), nargs="+",
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    p.add_argument("--seeds", type=int, nargs="+",
                    help="to run in place of an experiment's own")
     p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
                    help="flags to exchange in every arm, such as steps=1; give another --folder")
@@ -438,13 +431,7 @@ def main():
         p.error(f"there is no experiment {', '.join(sorted(unknown))}")
     if args.names and args.what != "run":
         p.error(f"{args.what} takes no NAME")
-    if args.set and args.folder == HERE:
-        p.error("--set makes other runs than these; give another --folder for them")
-    for pair in args.set:
-        if "=" not in pair:
-            p.error(f"--set {pair}: must be NAME=VALUE")
-    if not args.folder.is_dir():
-        p.error(f"--folder {args.folder}: no such folder")
+    args.folder.mkdir(parents=True, exist_ok=True)
     {"run": run, "report": report, "look": look, "ceiling": ceiling}[args.what](args)
 
 

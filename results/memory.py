@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_json  # noqa: E402
-from grpo import clipped_objective, kl_k3  # noqa: E402
-from model import SPECIALS, BaseOf, MAGVITv2, Prompt, Showo  # noqa: E402
-from sample import Trajectory, mask_schedule, rollout  # noqa: E402
-from train import move_log_prob, move_stats  # noqa: E402
+from grpo import clipped_objective  # noqa: E402
+from model import SPECIALS, MAGVITv2, Prompt, Showo  # noqa: E402
+from sample import Trajectory, mask_schedule, rollout, transition_log_prob  # noqa: E402
+from train import Tally, kl_to_reference  # noqa: E402
 
 # Phi's sizes, then Show-o's: text vocabulary, K, N, and T and G; MAGVIT's sizes; the reward's bytes
 # (fp16; the parameters of open_clip.create_model("ViT-H-14", device="meta"), added up once); and
@@ -37,9 +37,7 @@ TEXT, PROCESSES, RANK = 25, 8, 16   # tokens of the prompt; processes of --zero;
 
 class Memory(TorchDispatchMode):
     """Adds up the bytes of live storages: .now, and the most there were, .peak."""
-    # What fakes say when asked for a value. At "no" and N (set below) model.py does as on a GPU:
-    # logits() looks for no first state that rows share, policy() computes all N positions.
-    answers = {torch.bool: False, torch.float32: 1.0}
+    answers = {torch.bool: False, torch.float32: 1.0}       # when fakes are asked for a value
 
     def __init__(self):
         super().__init__()
@@ -77,48 +75,43 @@ def prefill(self, prompt, guided=False, original=Showo.prefill):
         return original(self, prompt, guided)
 
 
-def layer_norm(x, *args):
-    """Normalize in float32, as CUDA's autocast does; for the other operations here both agree."""
-    with torch.autocast("cpu", enabled=False):
-        return torch.layer_norm(x.float(), *args)
-
-
 def roll_out(showo, prompt):
     """Roll out in two iterations: the second one holds what the first one left."""
-    with torch.no_grad(), showo.autocast():
+    with torch.no_grad():
         rollout(showo.policy(prompt), len(prompt), showo.N, showo.K, 2,
                 generator=torch.Generator(), schedule=[showo.N // 2, 0])
 
 
 def update(showo, reference, prompt, n_masked, kind):
     """Do what train.update does, at the first two iterations and at the one that unmasks most."""
-    adv, kl = torch.ones(len(prompt)), torch.zeros(())
+    adv, kl, tally = torch.ones(len(prompt)), torch.zeros(()), Tally("cpu")
     tokens = torch.zeros(len(prompt), showo.N, dtype=torch.long)
-    traj = Trajectory(tokens, tokens, torch.zeros(len(prompt), len(n_masked)), n_masked=n_masked)
-    bounds = argparse.Namespace(clip_low=0.9, clip_high=1.2)
+    threshold = torch.zeros(len(prompt), len(n_masked))
+    traj = Trajectory(tokens, tokens, threshold, showo.K, n_masked)
+    args = argparse.Namespace(transition=kind, ratio="sum")
     n_moved = [before - after for before, after in itertools.pairwise(n_masked)]
     with showo.shared_text(prompt) as text:
-        text_ref = reference.prefill(prompt) if reference else None
+        if reference:
+            with reference.frozen_base():
+                text_ref = reference.prefill(prompt)
         for t in sorted({0, 1, n_moved.index(max(n_moved))}):
-            logp, logits = move_log_prob(showo, text, traj, t, kind)
+            positions = traj.positions(t, kind)
+            logits = showo.logits(traj.state(t), text, positions=positions)
+            logp = transition_log_prob(logits, traj.at(positions), t, kind)
             objective = clipped_objective(logp, logp.detach(), adv)
             if reference:
-                logp_ref, _ = move_log_prob(reference, text_ref, traj, t, kind)
-                kl = kl_k3(logp, logp_ref)
+                kl = kl_to_reference(logits, logp, traj, t, reference, text_ref, args)
                 objective = objective - 0.01 * kl
-            with torch.autocast("cpu", enabled=False):
-                objective.backward()
-            move_stats(logp - logp.detach(), logits[:, :n_moved[t]], kl, bounds)
+            objective.backward()
+            tally.add((logp - logp).detach(), kl.detach(), logits[:, :n_moved[t]], (0.9, 1.2))
 
 
 def policy_and_reference(config, phi, rank):
     """Return what train.load_policy makes: rank 0 trains all weights, another one adapters."""
     showo = Showo(config, phi, None).eval()
     if rank:
-        # peft moves what it adds, which fakes do not know
-        with mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
-            showo.add_lora(rank)
-        reference = BaseOf(showo)
+        showo.add_lora(rank)
+        reference = showo
     else:
         reference = Showo(config, phi, None).eval().requires_grad_(False)
         reference.compute_in(torch.bfloat16)
@@ -135,7 +128,7 @@ def what_stays(showo, reference, prompt, n_masked) -> dict:
     moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
     kept = {"weights": showo.parameters(), "gradients": [p.grad for p in trained],
             "moments": moments, "reference": ()}
-    if not isinstance(reference, BaseOf):
+    if reference is not showo:
         kept["reference"] = reference.parameters()
     return {name: sum(x.untyped_storage().nbytes() for x in tensors)
             for name, tensors in kept.items()}
@@ -187,8 +180,6 @@ def main():
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     p.add_argument("--md", type=Path, metavar="FILE", help="write the table")
     args = p.parse_args()
-    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
-    library.impl("layer_norm", layer_norm)
     Showo.prefill = prefill
     gc.freeze()         # peak_of() collects often, and what is imported is much
     found = measure(args.size)

@@ -12,6 +12,7 @@ class, the count by one, a colour, the relation, colours exchanged); "more", wit
 nobody asked for; "drawn", what the policy draws wrong, beside what it draws right for the same
 prompt.
 """
+import argparse
 import copy
 import json
 import random
@@ -21,10 +22,11 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "shapes")]
+
+from pretrain import render  # noqa: E402
 
 import shapes  # noqa: E402
-from common import Parser, in_range, run  # noqa: E402
 from eval_geneval import verdicts  # noqa: E402
 from model import load_models, to_uint8  # noqa: E402
 from reward import make_reward  # noqa: E402
@@ -107,7 +109,7 @@ def wrong_pictures(lines, change, rng):
     pictures = []
     for line in lines:
         while True:
-            picture, _ = shapes.render(change(line, rng), rng)
+            picture, _ = render(change(line, rng), rng)
             if not verdicts([line], shapes.detect(picture[None]))["exact"].item():
                 break
         pictures.append(picture)
@@ -150,7 +152,7 @@ def look(n, clip_name, ckpt) -> dict:
 
     def another(line, rng):
         return rng.choice(rng.choice(shapes.combinations(line["tag"])))
-    right = torch.stack([shapes.render(line, rng)[0] for line in asked])
+    right = torch.stack([render(line, rng)[0] for line in asked])
     return {
         "base": {name: by_family(values, asked) for name, values in found.items()},
         "order": {**order_of(traj), "entropy": entropy.tolist()},
@@ -179,10 +181,10 @@ def show(numbers):
 
 
 def main():
-    p = Parser("Look at the tiny world: its base, the order in which it draws, its CLIP.")
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--ckpt", help="a checkpoint trained from the base, in its place")
     p.add_argument("--clip", default="shapes/clip", help="open_clip's folder")
-    p.add_argument("--n", type=in_range(int, 2), default=8, help="pictures per prompt")
+    p.add_argument("--n", type=int, default=8, help="pictures per prompt")
     p.add_argument("--json", type=Path, default=HERE / "world.json", help="where to write")
     args = p.parse_args()
     numbers = look(args.n, args.clip, args.ckpt)
@@ -191,4 +193,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -12,7 +12,9 @@ larger ones do, it knows what is in a picture and not how that belongs together 
 it ranks a right picture over one with another class, count or colour every time, over one whose
 relation is turned round, or whose two colours are exchanged, half of the time.
 """
+import argparse
 import concurrent.futures
+import itertools
 import math
 import multiprocessing
 import random
@@ -30,14 +32,70 @@ sys.path.insert(0, str(HERE.parent))
 
 import shapes  # noqa: E402
 from checkpoint import write_json  # noqa: E402
-from common import Parser, in_range, run  # noqa: E402
 from model import SPECIALS, MAGVITv2, Prompt, Showo  # noqa: E402
-from reward import prepare  # noqa: E402
 
 GRID, CELL = shapes.GRID, shapes.CELL
 CELLS = GRID ** 2
 OBJECTS = len(shapes.LABELS)
 BITS = 8            # of a code: 40 objects and 216 textures are 256
+
+
+# ---------------------------------------------------------------------------- the world's pictures
+
+def codes_of(objects: dict, rng: random.Random) -> list[int]:
+    """Return 36 codes: objects {(row, column): (class, colour)}, and ground drawn at random."""
+    codes = [rng.randrange(OBJECTS, shapes.CODES) for _ in range(CELLS)]
+    for (row, column), label in objects.items():
+        codes[row * GRID + column] = shapes.LABELS.index(label)
+    return codes
+
+
+def paint(objects: dict, seed: int) -> torch.Tensor:
+    """Paint objects on ground that the seed draws -> uint8 (3, 48, 48)."""
+    return shapes.assemble(torch.tensor([codes_of(objects, random.Random(seed))]))[0]
+
+
+def _stands(relation, dy, dx):
+    """Return whether an offset of (dy, dx) cells is clearly in the relation."""
+    return {
+        "left of": dx < 0 and -dx >= abs(dy),
+        "right of": dx > 0 and dx >= abs(dy),
+        "above": dy < 0 and -dy >= abs(dx),
+        "below": dy > 0 and dy >= abs(dx),
+    }[relation]
+
+
+def arrange(metadata: dict, rng: random.Random) -> dict:
+    """Return objects {(row, column): (class, colour)}, just those that the metadata asks for.
+    Places, and colours that are not asked for, are left to chance."""
+    cells = list(itertools.product(range(GRID), repeat=2))
+    wanted = [clause for clause in metadata["include"] for _ in range(clause["count"])]
+    relation = wanted[-1].get("position", [None])[0]
+    while True:
+        places = rng.sample(cells, len(wanted))
+        dy, dx = places[-1][0] - places[0][0], places[-1][1] - places[0][1]
+        if relation is None or _stands(relation, dy, dx):
+            break
+
+    objects = {}
+    for place, clause in zip(places, wanted, strict=True):
+        colour = clause.get("color") or rng.choice(list(shapes.COLOURS))
+        objects[place] = clause["class"], colour
+    return objects
+
+
+def render(metadata: dict, rng: random.Random) -> tuple[torch.Tensor, dict]:
+    """Draw a picture of just what the metadata asks -> (uint8 (3, 48, 48), its objects)."""
+    objects = arrange(metadata, rng)
+    return paint(objects, rng.getrandbits(32)), objects
+
+
+def scaled(images: torch.Tensor) -> torch.Tensor:
+    """Scale uint8 pictures to Float in [-1, 1], as MAGVITv2 takes them."""
+    return images.float() / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------- training
 
 
 def word_tokenizer():
@@ -109,7 +167,7 @@ def pretrain_tokenizer(steps, seed, *, batch=8, lr=3e-3) -> MAGVITv2:
     def loss_at(step):
         """Return the loss of fresh pictures, a scalar."""
         codes = random_codes(batch)                                                    # (B, 36)
-        pictures = shapes.scaled(shapes.assemble(codes))
+        pictures = scaled(shapes.assemble(codes))
         signs = model.quantize.embedding[codes]                                 # (B, 36, 8), +-1
         signs = signs.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
         bits = F.softplus(-signs * model.encoder(pictures)).mean()
@@ -123,7 +181,7 @@ def pretrain_tokenizer(steps, seed, *, batch=8, lr=3e-3) -> MAGVITv2:
 def captioned_pictures(n, rng):
     """Draw n captioned pictures -> captions list[str], family Long (n,), codes Long (n, 36)."""
     lines = shapes.prompts("all", n)
-    codes = torch.tensor([shapes.codes_of(shapes.arrange(line, rng), rng) for line in lines])
+    codes = torch.tensor([codes_of(arrange(line, rng), rng) for line in lines])
     family = torch.tensor([list(shapes.FAMILIES).index(line["tag"]) for line in lines])
     return [line["prompt"] for line in lines], family, codes
 
@@ -224,10 +282,13 @@ def pretrain_clip(steps, seed, *, pool=60000, batch=128, lr=1e-3):
     tokens = word_tokenizer()(captions, padding="max_length", return_tensors="pt",
                               max_length=CLIP["text_cfg"]["context_length"])["input_ids"]
 
+    mean, std = (torch.tensor(x).view(3, 1, 1)
+                 for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+
     def loss_at(step):
         """Return CLIP's loss of a batch of the pool, a scalar."""
         row = torch.randint(pool, (batch,))
-        pixels = prepare(shapes.assemble(other_ground(codes[row])), GRID * CELL)
+        pixels = (shapes.assemble(other_ground(codes[row])) / 255 - mean) / std
         return open_clip.ClipLoss()(*model(pixels, tokens[row]))
     descend("clip", model, loss_at, steps, lr)
     return model
@@ -253,14 +314,15 @@ def make_clip(steps, seed, pool, folder):
 
 
 def main():
-    p = Parser("Make the tiny base of --model shapes, its transformer in one process, its image "
-               "tokenizer and the tiny CLIP in another, a thread each.")
+    p = argparse.ArgumentParser(description="Make the tiny base of --model shapes, its transformer "
+                                "in one process, its image tokenizer and the tiny CLIP in another, "
+                                "a thread each.")
     p.add_argument("--out", default=str(HERE), help="folder; OUT/magvitv2 and OUT/clip are made")
-    p.add_argument("--seed", type=in_range(int, 0), default=0)
-    p.add_argument("--steps", type=in_range(int, 1), default=1800)
-    p.add_argument("--tokenizer-steps", type=in_range(int, 1), default=5000)
-    p.add_argument("--clip-steps", type=in_range(int, 1), default=1400)
-    p.add_argument("--pool", type=in_range(int, 100), default=60000, help="captioned pictures")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=int, default=1800)
+    p.add_argument("--tokenizer-steps", type=int, default=5000)
+    p.add_argument("--clip-steps", type=int, default=1400)
+    p.add_argument("--pool", type=int, default=60000, help="captioned pictures")
     args = p.parse_args()
 
     # the sums, and so the weights, must not depend on the number of cores
@@ -276,4 +338,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

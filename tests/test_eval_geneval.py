@@ -18,12 +18,12 @@ from PIL import Image
 from rehearsal import save_tiny_mask2former
 from safetensors.torch import load_file, save_file
 
-import common
 import eval_geneval
 import shapes
-from checkpoint import InputError
-from common import run
 from eval_geneval import COLOURS, Detector, filter_detections, instances
+
+sys.path.append(str(ROOT / "shapes"))
+from pretrain import render  # noqa: E402
 
 CASES = ["", "_extra"]
 MEAN = torch.tensor([123.675, 116.28, 103.53])
@@ -75,12 +75,6 @@ def test_relations():
         assert sorted(found) == case["expected"], case["id"]
 
 
-def test_iou():
-    for case in read_lines("geneval/iou_cases.jsonl"):
-        iou = eval_geneval.compute_iou(case["a"], case["b"])
-        assert iou == pytest.approx(case["expected"], abs=1e-6), case["id"]
-
-
 @pytest.mark.parametrize("name", ["full", "one_per_prompt", "three_tags"])
 def test_summary(name):
     rows = read_lines(f"geneval/summary/{name}_results.jsonl")
@@ -95,15 +89,19 @@ def test_the_553_prompts():
     assert len(eval_geneval.geneval_prompts(seed=7, n=5)) == 30
 
 
-@pytest.mark.parametrize("change", [
-    {"prompt": 3}, {"tag": None}, {"include": []}, {"exclude": 1},
-    {"include": [{"class": "cat", "count": 0}]}, {"include": [{"class": "cat", "count": True}]},
-    {"include": [{"class": "cat", "count": 1, "position": ["above", 0]}]}])
-def test_broken_metadata_is_no_metadata(change):
-    example = eval_geneval.geneval_prompts()[0]
-    assert eval_geneval.is_geneval(example)
-    assert not eval_geneval.is_geneval(example | change)
-    assert not eval_geneval.is_geneval([example])
+@pytest.mark.parametrize("clause", [{"class": "unicorn"}, {"color": "mauve"},
+                                    {"position": ["behind", 0]}])
+def test_what_the_detector_does_not_know_is_said(clause):
+    """Such a prompt would have the reward 0 for ever."""
+    example = {"tag": "colors", "prompt": "a photo of a red cow",
+               "include": [{"class": "cow", "count": 1, "color": "red"}]}
+    eval_geneval.check_metadata([example], tiny=False)
+    example["include"][0] |= clause
+    with pytest.raises(SystemExit, match="the detector knows: .* 'a photo of a red cow' is not"):
+        eval_geneval.check_metadata([example], tiny=False)
+    for lacking in ({"prompt": "a cow"}, {"prompt": "x", "tag": "colors"}):
+        with pytest.raises(SystemExit, match="need a tag and metadata"):
+            eval_geneval.check_metadata([lacking], tiny=False)
 
 
 # ---------------------------------------------------------------------------------- the detector
@@ -226,7 +224,8 @@ def mask_of(detector, picture, box):
     return Image.fromarray((masks[nearest].numpy() * 255).astype(np.uint8))
 
 
-def test_a_detector_of_other_classes_is_refused(detector, tmp_path):
+def test_a_detector_of_other_classes_or_without_all_weights_is_refused(detector, tmp_path):
+    """transformers would go on, with random weights."""
     detector.model.save_pretrained(tmp_path / "lacking")
     state = load_file(tmp_path / "lacking/model.safetensors")
     del state["class_predictor.bias"]
@@ -234,12 +233,9 @@ def test_a_detector_of_other_classes_is_refused(detector, tmp_path):
     pets = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
     config = type(detector.model.config)(**detector.model.config.to_dict() | pets)
     type(detector.model)(config).save_pretrained(tmp_path / "pets")
-    for folder, message in (("lacking", "1 weights missing, e.g. .'class_predictor.bias'"),
-                            ("pets", "80 COCO classes .2 classes")):
-        with pytest.raises(InputError, match=message):
+    for folder in ("lacking", "pets"):
+        with pytest.raises(SystemExit, match=f"{folder}: (lacks 1 weights|has 2 classes)"):
             Detector(tmp_path / folder)
-    with pytest.raises(InputError, match="--detector|no such"):
-        Detector(tmp_path / "absent")
 
 
 # ------------------------------------------------------------------------------ folders, results
@@ -253,48 +249,33 @@ def truth(prompts, n, seeds):
     pictures = []
     for text, seed in zip(prompts, seeds, strict=True):
         for k in range(n):
-            picture, _ = shapes.render(by_text[text], random.Random(seed * 10 + k))
+            picture, _ = render(by_text[text], random.Random(seed * 10 + k))
             pictures.append(picture)
     return torch.stack(pictures)
 
 
-def draw(out, examples=EXAMPLES, batch=64, **kwargs):
-    return eval_geneval.draw_folder(out, examples, 2, truth, batch, **kwargs)
+def draw(out, batch=64, rank=0, world=1):
+    return eval_geneval.draw_folder(out, EXAMPLES, 2, truth, batch, rank, world)
 
 
-def test_drawing_is_resumed_and_broken_pictures_drawn_again(tmp_path):
+def test_drawing_is_shared_out_and_goes_on(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     parts = [draw(two, batch=3, rank=rank, world=2) for rank in (0, 1)]
     assert draw(one) == sum(parts) == 2 * len(EXAMPLES)
     files = sorted(f.relative_to(one) for f in one.rglob("*") if f.is_file())
     assert len(files) == 3 * len(EXAMPLES) and str(files[1]) == "00000/samples/0000.png"
-
-    def same():
-        return all((one / f).read_bytes() == (two / f).read_bytes() for f in files)
-
-    assert same()
-    kept = two / "00003/samples/0000.png"
-    kept.write_bytes((one / "00004/samples/0000.png").read_bytes())     # whole, so it stays
-    (two / "00003/samples/0001.png").write_bytes(kept.read_bytes()[:80])
     (two / "00005/samples/0000.png").unlink()
-    assert common.read_picture(two / "00003/samples/0001.png") is None
-    assert draw(two) == 2 and not same()
-    kept.write_bytes((one / "00003/samples/0000.png").read_bytes())
-    assert same()
-    (two / "00001/metadata.jsonl").write_text("")                       # as a kill leaves it
-    assert draw(two) == 0 and same()
-    with pytest.raises(InputError, match="00001 belongs to another prompt"):
-        draw(two, [EXAMPLES[0], EXAMPLES[2]])
+    assert draw(two) == 2 and draw(two) == 0
+    assert all((one / f).read_bytes() == (two / f).read_bytes() for f in files)
 
 
 def test_scoring_a_folder(tmp_path, capsys):
-    def score(batch=8, rank=0, world=1):
-        return eval_geneval.score_folder(tmp_path, shapes.detect, batch, rank, world)
+    def score(rank=0, world=1):
+        return eval_geneval.score_folder(tmp_path, shapes.detect, rank, world)
 
     draw(tmp_path)
     Image.new("RGB", (48, 48)).save(tmp_path / "00002/samples/0001.png")
-    Image.new("RGB", (40, 40)).save(tmp_path / "00002/samples/grid.png")        # ignored
-    rows = sorted(score(3, 0, 2) + score(5, 1, 2), key=lambda row: row["filename"])
+    rows = sorted(score(0, 2) + score(1, 2), key=lambda row: row["filename"])
     assert rows == score()
     assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata",
                              "details"]
@@ -303,38 +284,13 @@ def test_scoring_a_folder(tmp_path, capsys):
     eval_geneval.report(tmp_path, rows, {"detector": "x"})
     numbers = json.loads((tmp_path / "summary.json").read_text())
     assert numbers["detector"] == "x" and numbers["images"] == 2 * len(EXAMPLES)
-    assert "warning" not in numbers
     tags = [example["tag"] for example in EXAMPLES]
     share_wrong = 0.5 / tags.count(EXAMPLES[2]["tag"])
     assert numbers["overall"] == pytest.approx(1 - share_wrong / len(set(tags)), abs=1e-5)
-    failures = (tmp_path / "failures.txt").read_text()
-    prompt = EXAMPLES[2]["prompt"]
-    assert failures.startswith(f"{tmp_path}/00002/samples/0001.png: {prompt}: expected ")
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
-    assert "95% intervals" in capsys.readouterr().out
-
-    (tmp_path / "00001/samples/0001.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="0001.png: is not a readable picture"):
-        score()
-    for f in (tmp_path / "00001/samples").iterdir():
-        f.unlink()
-    with pytest.raises(InputError, match="00001/samples: holds no picture"):
-        score()
-    with pytest.raises(InputError, match="pictures of 48 x 48, not 40 x 40"):
+    assert "Overall score" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="pictures of 48 x 48"):
         shapes.detect(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
-    (tmp_path / "00001/metadata.jsonl").write_text("{}")
-    with pytest.raises(InputError, match="lacks GenEval metadata"):
-        score()
-
-
-def test_pictures_are_read_in_batches_of_one_size(tmp_path):
-    files = [tmp_path / f"{i}.png" for i in range(6)]
-    for file, side in zip(files, (8, 8, 8, 9, 8, 8), strict=True):
-        Image.new("RGB", (side, 7)).save(file)
-    batches = eval_geneval.read_batches(files, 2)
-    assert [(names, tuple(images.shape)) for names, images in batches] == [
-        (files[:2], (2, 3, 7, 8)), (files[2:3], (1, 3, 7, 8)),
-        (files[3:4], (1, 3, 7, 9)), (files[4:], (2, 3, 7, 8))]
 
 
 def test_intervals_are_those_of_the_prompts():
@@ -351,8 +307,7 @@ def test_wrong_weights_are_said(tmp_path, capsys):
     rows = [{"filename": f"{i}.png", "tag": "single_object", "prompt": "x", "metadata": str(i),
              "correct": False, "reason": "no", "details": "{}"} for i in range(30)]
     eval_geneval.report(tmp_path, rows, {"detector": "x"})
-    assert "its weights look wrong" in capsys.readouterr().err
-    assert "warning" in json.loads((tmp_path / "summary.json").read_text())
+    assert "the detector's weights look wrong" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------- command lines
@@ -365,7 +320,7 @@ def test_the_command_on_two_processes_is_that_on_one(tmp_path, monkeypatch, caps
 
     def one(*more):
         monkeypatch.setattr(sys, "argv", [*flags, "--out", str(tmp_path / "one"), *more])
-        run(eval_geneval.main)
+        eval_geneval.main()
         return capsys.readouterr().out
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -374,29 +329,19 @@ def test_the_command_on_two_processes_is_that_on_one(tmp_path, monkeypatch, caps
                          cwd=ROOT, text=True, capture_output=True,
                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert two.returncode == 0, two.stderr
-    assert "process 0: drew 10 pictures" in one("--steps", "4")
+    assert "Overall score" in one("--steps", "4")
     rows = {}
     for name in ("one", "two"):
         lines = (tmp_path / name / "results.jsonl").read_text().splitlines()
         rows[name] = [json.loads(line) | {"filename": ""} for line in lines]
     assert len(rows["one"]) == 10 and rows["one"] == rows["two"]
-    assert "process 1: drew 4 pictures" in two.stdout
-    assert not list((tmp_path / "two").glob(".rows*"))
-    assert "process 0: drew 0 pictures" in one("--steps", "4")
-    with pytest.raises(SystemExit):
-        one("--steps", "5")
-    assert "drawn with other settings" in capsys.readouterr().err
+    assert two.stdout.count("Overall score") == 1
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "give --out DIR"),
-    (["--out", "x", "--score-only", "y"], "give --out DIR"),
-    (["--score-only", "/no/such"], "not a folder of the official layout"),
-    (["--out", "x", "--model", "shapes", "--device", "gpu"], "--device gpu: cannot be used"),
-    (["--out", str(ROOT), "--model", "shapes"], "is not empty")])
-def test_bad_commands(monkeypatch, capsys, flags, message):
+    ([], "give --out, the folder to draw into, or --score-only"),
+    (["--model", "shapes", "--score-only", "/no/such"], "/no/such: no pictures there")])
+def test_bad_commands(monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["eval_geneval.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        run(eval_geneval.main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    with pytest.raises(SystemExit, match=message):
+        eval_geneval.main()

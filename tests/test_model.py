@@ -1,4 +1,5 @@
-"""model.py against numbers made by Show-o's own code (tests/data/README.md)."""
+"""model.py against numbers made by Show-o's own code (tests/data/README.md), and its transformer
+against transformers' Phi."""
 import json
 import os
 import shutil
@@ -8,11 +9,11 @@ import sys
 import huggingface_hub
 import pytest
 import torch
-from conftest import DATA, ROOT, read_json
+from conftest import DATA, ROOT, plain_phi, read_json
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
-from checkpoint import InputError, fetch, read_weights
+import model
+from checkpoint import fetch, read_weights
 from model import MAGVITv2, Showo, describe, load_magvit, load_models, load_showo, to_uint8
 
 TOKENIZER = DATA / "prompting/tokenizer"
@@ -171,20 +172,110 @@ def test_the_policy_gives_the_logits_of_masked_positions(showo, n_masked, guidan
     torch.testing.assert_close(ours[masked], wanted[masked], atol=2e-5, rtol=1e-5)
 
 
-def test_the_activation_is_gelu_new(showo):
-    x = torch.linspace(-12, 12, 24_001)
-    for dtype, close, slopes in ((torch.float32, 1e-6, 1e-5), (torch.bfloat16, 4e-2, 2e-2)):
-        ours = x.to(dtype, copy=True).requires_grad_()
-        exact = x.to(dtype).double().requires_grad_()
-        inner = (2 / torch.pi) ** 0.5 * (exact + 0.044715 * exact ** 3)
-        wanted = 0.5 * exact * (1 + torch.tanh(inner))
-        wanted.sum().backward()
-        for layer in showo.showo.model.layers:
-            ours.grad = None
-            out = layer.mlp.activation_fn(ours)
-            out.sum().backward()
-            assert (out - wanted).abs().max() < close
-            assert (ours.grad - exact.grad).abs().max() < slopes
+def plain_logits(phi, showo, codes, prompt):
+    """Return the logits of Show-o's padded row under transformers' Phi, in one pass with a mask."""
+    ids = prompt.ids[prompt.row]
+    column = torch.ones_like(codes[:, :1])
+    ids = torch.cat([ids, column * showo.soi, codes + showo.code_offset, column * showo.eoi], 1)
+    n_text, i = prompt.ids.shape[1], torch.arange(ids.shape[1])
+    image = (i[:, None] >= n_text) & (i >= n_text)
+    sees = ((i[:, None] >= i) | image) & (ids != showo.pad)[:, None] | (i[:, None] == i)
+    mask = torch.where(sees, 0.0, -1e9)[:, None]
+    logits = phi(input_ids=ids, attention_mask=mask, position_ids=i[None]).logits
+    return logits[:, -showo.N - 1:-1, showo.code_offset:-1]
+
+
+@pytest.mark.parametrize("texts", [["a red cat"] * 4, ["a red cat", "two", "", "a green kite"]])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_block_is_transformers_phi(base, texts, checkpointed):
+    """Logits and all gradients, with q/k norms, partial rotary embeddings, padding, positions."""
+    showo = load_showo("shapes")
+    phi, prompt = plain_phi(showo), showo.encode(texts)
+    codes = some_codes(showo, 4)
+    at = torch.stack([torch.randperm(36, generator=torch.Generator().manual_seed(i))[:7]
+                      for i in range(4)])
+    weights = torch.randn(4, 7, showo.K, generator=torch.Generator().manual_seed(1))
+    showo.grad_checkpoint = checkpointed
+    ours = showo.logits(codes, prompt, positions=at)
+    plain = plain_logits(phi, showo, codes, prompt)
+    plain = plain.gather(1, at[..., None].expand(-1, -1, showo.K))
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+    for logits in (ours, plain):
+        (logits.log_softmax(-1) * weights).mean().backward()
+    wanted = {f"showo.{name}": p.grad for name, p in phi.named_parameters()}
+    for name, p in showo.named_parameters():
+        assert (p.grad - wanted[name]).norm() <= 1e-5 * max(wanted[name].norm(), 1e-3), name
+
+
+def logits_and_gradient(model, prompt, codes, at):
+    with model.shared_text(prompt) as text:
+        logits = model.logits(codes, text, positions=at)
+        logits.log_softmax(-1)[..., 3].mean().backward()
+    return logits.detach(), gradient(model)
+
+
+def test_a_compiled_block_computes_the_same():
+    showo = load_showo("shapes")
+    del showo.showo.model["layers"][1:]         # one layer, so that one graph is compiled
+    codes, prompt = some_codes(showo, 4), showo.encode(["a photo of two stars"]).repeat(4)
+    at = torch.arange(7).expand(4, 7)
+    plain = logits_and_gradient(showo, prompt, codes, at)
+    showo.compiled = True
+    torch._dynamo.utils.counters.clear()
+    compiled = logits_and_gradient(showo, prompt, codes, at)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(compiled[0], plain[0], atol=1e-5, rtol=1e-5)
+    assert (compiled[1] - plain[1]).norm() < 1e-5 * plain[1].norm()
+    names = set(showo.state_dict())
+    assert names < set(load_showo("shapes").state_dict()) and not any("orig" in n for n in names)
+
+
+@pytest.mark.parametrize("settings", [{}, {"grad_checkpoint": True}, {"lora": 2}])
+def test_blocks_compile_once(monkeypatch, settings):
+    """A graph for all layers, and one for the last layer's positions; none for other numbers of
+    rows, of positions, or lengths of text; one more each for padding, and without gradients."""
+    def graphs():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    once = torch.compile(model.block, backend="aot_eager")      # inductor takes minutes
+    monkeypatch.setattr(model, "compiled_block", lambda: once)
+    torch._dynamo.config.recompile_limit = 64
+    showo = load_showo("shapes")
+    showo.compiled, showo.grad_checkpoint = True, "grad_checkpoint" in settings
+    if "lora" in settings:
+        showo.add_lora(2)
+    # with adapters the first layer's input has no gradient: a graph of its own
+    n, first = 3 if "lora" in settings else 2, ["a photo of two stars"]
+    far = ["a photo of a red circle left of a moon"]
+    padded, other = [*far, *first], [*far, "a photo of a red moon"]
+    for texts, B, M, new in ((first, 6, 7, n), (far, 4, 36, 0), (first, 3, 1, 0), (first, 1, 5, 0),
+                             (padded, 4, 5, n), (other, 6, 8, 0)):
+        codes, before = some_codes(showo, B), graphs()
+        prompt, at = showo.encode(texts).repeat(B // len(texts)), torch.arange(M).expand(B, M)
+        logits_and_gradient(showo, prompt, codes, at)
+        assert graphs() - before == new, (texts, B, M)
+    for texts, B, new in ((first, 6, 2), (far, 5, 0), (padded, 8, 2), (other, 4, 0)):
+        before = graphs()
+        with torch.no_grad():           # rollouts, evaluation with guidance
+            policy = showo.policy(showo.encode(texts).repeat(B // len(texts)), guidance=2.0)
+            policy(some_codes(showo, B))
+        assert graphs() - before == new, (texts, B)
+
+
+def test_cast_weights_add_their_gradients_to_the_float32_ones(showo):
+    """bf16 products: over three passes the gradient stays near the one of float32."""
+    prompt, gradients = showo.encode(["a red cat", "two"]), []
+    for dtype in (None, torch.bfloat16):
+        model = load_showo(CHECKPOINT, tokenizer=TOKENIZER)
+        model.compute_dtype = dtype
+        with model.shared_text(prompt) as text:
+            for codes in some_codes(showo, 6).split(2):
+                model.logits(codes, text).log_softmax(-1)[..., 5].mean().backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        gradients.append(gradient(model))
+    assert 0 < (gradients[1] - gradients[0]).norm() < 3e-2 * gradients[0].norm()
 
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])
@@ -265,6 +356,7 @@ def write_layouts(state, folder):
 
 def test_every_layout_loads_the_same(showo, tmp_path):
     state = showo.state_dict()
+    copy_configs(tmp_path)              # beside the bare files
     for path in write_layouts(state, tmp_path):
         other = load_showo(path, tokenizer=TOKENIZER)
         assert all(torch.equal(other.state_dict()[name], w) for name, w in state.items())
@@ -275,7 +367,6 @@ def test_every_layout_loads_the_same(showo, tmp_path):
 def test_a_bare_file_takes_the_config_of_the_model_it_belongs_to(showo, tmp_path):
     mine = tmp_path / "mine.safetensors"
     shutil.copy(CHECKPOINT / "pytorch_model.safetensors", mine)
-    assert load_showo(mine, tokenizer=TOKENIZER).N == 1024
     assert load_showo(mine, tokenizer=TOKENIZER, like=CHECKPOINT).config == showo.config
 
 
@@ -323,29 +414,18 @@ def test_a_codebook_need_not_be_a_power_of_two(showo, tmp_path):
         assert torch.equal(logits, model.eval().logits(codes, model.encode(["two", ""])))
     assert again.K == 48 and logits.shape == (2, 16, 48)
 
-    # its sizes alone do not say where the codes begin, and no image tokenizer of ours has 48
-    save_file(model.state_dict(), tmp_path / "bare.safetensors")
-    (tmp_path / "config.json").rename(tmp_path / "other.json")
-    with pytest.raises(InputError, match="codebook_size 48 is no power of two"):
-        load_showo(tmp_path / "bare.safetensors", tokenizer=TOKENIZER)
-    (tmp_path / "other.json").rename(tmp_path / "config.json")
-    with pytest.raises(InputError, match="--vq shapes/magvitv2: has 256 codes, but .* 48"):
+    with pytest.raises(SystemExit, match="--vq shapes/magvitv2: its codebook is not of the model's "
+                       "size, 48"):
         load_models(tmp_path, vq="shapes/magvitv2")
-
-
-def test_image_tokens_that_fill_no_square_are_refused(showo, tmp_path):
-    Showo(showo.config | {"num_vq_tokens": 15}, showo.phi, showo.tokenizer).save(tmp_path)
-    with pytest.raises(InputError, match="15 image tokens do not fill a square"):
-        load_models(tmp_path, vq="shapes/magvitv2")
+    with pytest.raises(AssertionError, match="vocabulary"):         # codes would be shifted
+        Showo(config | {"llm_vocab_size": 319}, showo.phi, showo.tokenizer)
 
 
 def test_what_was_loaded_is_said(base):
-    assert describe(*base) == (
-        "Show-o from shapes: 0.9M parameters in float32, 4 layers of 128, N 36, K 256; "
-        "MAGVIT-v2 from shapes/magvitv2: 0.9M; on cpu")
+    assert describe(*base) == "shapes: 0.9M, N 36, K 256; shapes/magvitv2: 0.9M; on cpu"
 
 
-def test_the_projector_of_the_clip_variant_is_reported_and_left_out(showo, tmp_path):
+def test_the_projector_of_the_clip_variant_is_left_out(showo, tmp_path):
     extra = {f"mm_projector.{i}.{kind}": torch.zeros(4)
              for i in (0, 2) for kind in ("weight", "bias")}
     official = read_json("showo/showo_512_manifest.json")
@@ -354,24 +434,17 @@ def test_the_projector_of_the_clip_variant_is_reported_and_left_out(showo, tmp_p
     assert with_clip - without == extra.keys()
 
     copy_configs(tmp_path)
-    change("config.json", w_clip_vit=True)(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(showo.config | {"w_clip_vit": True}))
     save_file(dict(showo.state_dict()) | extra, tmp_path / "pytorch_model.safetensors")
-    with pytest.warns(UserWarning, match="mm_projector .4 weights") as seen:
-        model = load_showo(tmp_path, tokenizer=TOKENIZER)
-    assert len(seen) == 1 and model.config == showo.config
+    model = load_showo(tmp_path, tokenizer=TOKENIZER)
+    assert model.config == showo.config
     assert model.state_dict().keys() == showo.state_dict().keys()
 
 
-def test_language_model_settings_survive_saving(tmp_path):
-    shutil.copytree(CHECKPOINT, tmp_path / "a")
-    change("phi_config.json", rope_scaling={"rope_type": "linear", "factor": 2.0})(tmp_path / "a")
-    model = load_showo(tmp_path / "a", tokenizer=TOKENIZER)
-    model.save(tmp_path / "b")
-    models = (model, load_showo(tmp_path / "b"), load_showo(CHECKPOINT, tokenizer=TOKENIZER))
-    codes = torch.full((1, 16), model.K)
-    with torch.no_grad():
-        first, again, plain = (m.logits(codes, m.encode(["a red cat"])) for m in models)
-    assert torch.equal(first, again) and not torch.allclose(first, plain, atol=1e-2)
+def test_settings_that_the_block_does_not_know_are_refused(showo):
+    for phi in ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"hidden_act": "relu"}):
+        with pytest.raises(AssertionError, match="Phi"):
+            Showo(showo.config, showo.phi | phi, None)
 
 
 def test_full_size_modules_have_the_official_names_and_shapes():
@@ -380,8 +453,8 @@ def test_full_size_modules_have_the_official_names_and_shapes():
         models = Showo(config, {}, None), MAGVITv2()
     manifests = (read_json("showo/showo_512_manifest.json")["w_clip_vit_false"],
                  read_json("magvit/magvitv2_manifest.json"))
-    for model, manifest in zip(models, manifests, strict=True):
-        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for module, manifest in zip(models, manifests, strict=True):
+        shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
         official = {name: entry["shape"] for name, entry in manifest["tensors"].items()}
         assert shapes == official
 
@@ -389,14 +462,13 @@ def test_full_size_modules_have_the_official_names_and_shapes():
 # ------------------------------------------------------------------------------ the hub
 
 IN_A_PROCESS_OF_ITS_OWN = """
-from checkpoint import InputError
 from model import load_showo
 for name in ("somebody/tiny", "somebody/tiny@" + "b" * 40):
     print(load_showo(name).showo.lm_head.bias.double().mean().item())
 for name in ("somebody/half", "somebody/absent", "somebody/absent@v2"):
     try:
         load_showo(name)
-    except InputError as error:
+    except SystemExit as error:
         print(error)
 """
 
@@ -425,9 +497,9 @@ def test_hub_cache_and_revisions_without_network(showo, tmp_path):
 
     commands = ("somebody/half", "somebody/absent", "somebody/absent --revision v2")
     for said, command in zip(refusals, commands, strict=True):
-        assert said.startswith(command.replace(" --revision ", "@") + ": ")
-        assert "config.json" in said and "pytorch_model" in said
-        assert said.endswith(f"hf download {command}")
+        name = command.split()[0]
+        assert said.endswith(f"hf download {name}") or "somebody--half" in said
+        assert "no weights there" in said or f"{command.replace(' --revision ', '@')}: no " in said
 
 
 @pytest.mark.parametrize("there, taken", [
@@ -442,7 +514,7 @@ def test_of_weights_in_two_formats_one_is_fetched(monkeypatch, tmp_path, there, 
             (tmp_path / file).touch()
         return str(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    fetch("somebody/tiny", ["config", "weights"])
+    fetch("somebody/tiny")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", *taken]
 
 
@@ -481,67 +553,17 @@ def test_magvit_is_saved_and_loaded_again(tmp_path):
 
 # ------------------------------------------------------------------------------ refusals
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda s: s.pop("showo.lm_head.bias"), "missing showo.lm_head.bias"),
-    (lambda s: s.update({"extra.weight": torch.zeros(1)}), "surplus extra.weight"),
-    (lambda s: s.update({"showo.lm_head.bias": torch.zeros(3)}),
-     r"showo.lm_head.bias has shape \[3\], wanted \[395\]")])
-def test_wrong_weights_are_named(showo, tmp_path, damage, message):
+@pytest.mark.parametrize("damage", [
+    lambda s: s.pop("showo.lm_head.bias"), lambda s: s.update({"extra.weight": torch.zeros(1)}),
+    lambda s: s.update({"showo.lm_head.bias": torch.zeros(3)})])
+def test_wrong_weights_are_named(showo, tmp_path, damage):
     state = dict(showo.state_dict())
     damage(state)
     copy_configs(tmp_path)
     save_file(state, tmp_path / "pytorch_model.safetensors")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(SystemExit, match=f"^{tmp_path}: 1 weights do not fit Showo, such as "
+                       "(showo.lm_head.bias|extra.weight); is it the right checkpoint"):
         load_showo(tmp_path, tokenizer=TOKENIZER)
-
-
-def change(name, **values):
-    """Return a function of a folder that changes values of a JSON file in it."""
-    def changed(folder):
-        content = json.loads((folder / name).read_text()) | values
-        (folder / name).write_text(json.dumps(content))
-    return changed
-
-
-def replace(name, text):
-    """Return a function of a folder that writes another text into a file of it."""
-    def replaced(folder):
-        (folder / name).write_text(text)
-    return replaced
-
-
-def lose_a_shard(folder):
-    (folder / "pytorch_model.safetensors").unlink()
-    replace("model.safetensors.index.json", '{"weight_map": {"a": "absent.safetensors"}}')(folder)
-
-
-@pytest.mark.parametrize("damage, message", [
-    (change("config.json", num_vq_tokens="16"), "num_vq_tokens is '16'"),
-    (change("config.json", codebook_size=65), "vocab_size 395 is not"),
-    (change("config.json", mask_token_id=7), "the last id"),
-    (change("config.json", llm_vocab_size=319, codebook_size=65), "320 entries"),
-    (change("phi_config.json", num_hidden_layers="3"), "cannot build Showo"),
-    (change("phi_config.json", hidden_act="nope"), "cannot build Showo"),
-    (replace("config.json", "[]"), "no JSON object"),
-    (replace("tokenizer.json", "{}"), "--tokenizer"),
-    (replace("tokenizer_config.json", "[]"), "--tokenizer"),
-    (lose_a_shard, "shards that are not there")])
-def test_odd_folders_are_said_in_one_line(tmp_path, damage, message):
-    for source in (CHECKPOINT, TOKENIZER):
-        shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    damage(tmp_path)
-    with pytest.raises(InputError, match=message) as said:
-        load_showo(tmp_path)
-    assert "\n" not in str(said.value)
-
-
-def test_a_tokenizer_of_another_model_does_not_shift_the_codes(tmp_path):
-    shutil.copy(CHECKPOINT / "pytorch_model.safetensors", tmp_path)
-    longer = AutoTokenizer.from_pretrained(TOKENIZER)
-    longer.add_tokens([f"<{i}>" for i in range(10)])
-    longer.save_pretrained(tmp_path / "longer")
-    with pytest.raises(InputError, match="codebook_size 54 is no power of two"):
-        load_showo(tmp_path / "pytorch_model.safetensors", tokenizer=tmp_path / "longer")
 
 
 class Trap:
@@ -554,14 +576,12 @@ class Trap:
         return open, (str(self.path), "w")
 
 
-def test_unreadable_weights_are_named_and_pickled_code_is_not_run(tmp_path):
+def test_pickled_code_is_not_run_and_what_is_absent_is_said(tmp_path):
     torch.save({"weight": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
-    whole = (DATA / "magvit/model.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[:5000])
-    (tmp_path / "empty").mkdir()
-    for name in ("evil.pth", "cut.safetensors", "empty", "absent.pth"):
-        with pytest.raises(InputError, match=name):
-            read_weights(tmp_path / name)
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "sprung").exists()
-    with pytest.raises(InputError, match="no such file"):
-        load_showo(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    for name, said in (("empty", "no weights there"), ("absent.pth", "no such file of weights")):
+        with pytest.raises(SystemExit, match=f"{name}: .*{said}"):
+            read_weights(tmp_path / name)

@@ -25,7 +25,7 @@ N_PICTURES = 2000
 def pictures():
     rng = random.Random(1)
     lines = shapes.prompts("all", N_PICTURES)
-    return lines, [shapes.render(line, rng) for line in lines]
+    return lines, [pretrain.render(line, rng) for line in lines]
 
 
 def exactly_right(found, objects):
@@ -58,7 +58,7 @@ def test_detector_is_right_on_tokenizer_reconstructions(pictures, base):
     magvit, right = base[1], 0
     for i in range(0, len(drawn), 200):
         images = torch.stack([image for image, _ in drawn[i:i + 200]])
-        again = to_uint8(magvit.decode(magvit.encode(shapes.scaled(images))))
+        again = to_uint8(magvit.decode(magvit.encode(pretrain.scaled(images))))
         found = shapes.detect(again)
         right += sum(exactly_right(one, objects)
                      for one, (_, objects) in zip(found, drawn[i:i + 200], strict=True))
@@ -73,7 +73,7 @@ def test_detector_sees_what_is_wrong():
     exchanged = {(0, 0): ("star", "blue"), (2, 2): ("moon", "red")}
     too_few = {(0, 0): ("star", "red")}
     too_many = {**right, (3, 3): ("moon", "blue")}
-    pictures = [shapes.paint(p, 0) for p in (right, exchanged, too_few, too_many)]
+    pictures = [pretrain.paint(p, 0) for p in (right, exchanged, too_few, too_many)]
     found = shapes.detect(torch.stack(pictures))
     official = [score(filter_detections(raw, line["tag"]), line, colours)[0]
                 for raw, colours in found]
@@ -83,7 +83,7 @@ def test_detector_sees_what_is_wrong():
 
 
 def test_a_drawing_halfway_between_two_things_has_no_score():
-    full, empty = (shapes.paint(p, 0).float() for p in ({(1, 1): ("cross", "green")}, {}))
+    full, empty = (pretrain.paint(p, 0).float() for p in ({(1, 1): ("cross", "green")}, {}))
     raw, _ = shapes.detect(((full + empty) / 2).to(torch.uint8)[None])[0]
     assert not filter_detections(raw, "")
     raw, _ = shapes.detect((0.95 * full + 0.05 * empty).to(torch.uint8)[None])[0]
@@ -92,7 +92,7 @@ def test_a_drawing_halfway_between_two_things_has_no_score():
 
 def test_colours_follow_the_kept_boxes():
     rings = {(0, 0): ("ring", "red"), (1, 1): ("ring", "blue"), (2, 2): ("ring", "green")}
-    image, ground = shapes.paint(rings, 1).float(), shapes.paint({}, 1).float()
+    image, ground = pretrain.paint(rings, 1).float(), pretrain.paint({}, 1).float()
     image[:, :8, :8] = 0.9 * image[:, :8, :8] + 0.1 * ground[:, :8, :8]
     raw, colours = shapes.detect(image.to(torch.uint8)[None])[0]
     boxes = filter_detections(raw, "")["ring"]
@@ -143,7 +143,7 @@ def test_codes_are_the_templates(pictures, base):
     images = torch.stack([image for image, _ in pictures[1][:500]])
     codes = shapes.distances(images).argmin(1)
     assert torch.equal(shapes.assemble(codes.view(500, -1)), images)
-    found = base[1].encode(shapes.scaled(images)).flatten()
+    found = base[1].encode(pretrain.scaled(images)).flatten()
     assert (found == codes).float().mean() > 0.999
 
 
@@ -201,7 +201,7 @@ def test_a_nearly_right_picture_is_wrong_by_one_thing(tag):
     rng = random.Random(0)
     lines = [group[0] for group in shapes.combinations(tag)]
     nearly = [world.nearly(line, rng) for line in lines]
-    pictures = torch.stack([shapes.render(line, rng)[0] for line in nearly])
+    pictures = torch.stack([pretrain.render(line, rng)[0] for line in nearly])
     assert not verdicts(lines, shapes.detect(pictures))["exact"].any()
     for line, other in zip(lines, nearly, strict=True):
         changed = [a.get(key) != b.get(key)
@@ -237,7 +237,7 @@ def test_the_loss_of_ground_is_the_mean_over_its_textures():
 
 def test_another_ground_leaves_objects_where_they_are():
     torch.manual_seed(0)
-    codes = torch.tensor([shapes.codes_of({(1, 2): ("star", "red")}, random.Random(0))] * 50)
+    codes = torch.tensor([pretrain.codes_of({(1, 2): ("star", "red")}, random.Random(0))] * 50)
     again = pretrain.other_ground(codes)
     star = torch.zeros(36).bool()
     star[8] = True

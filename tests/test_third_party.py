@@ -50,8 +50,7 @@ def test_the_glue_rolls_out(glue):
 
 
 def test_the_policy_learns(glue, unet):
-    logp = transition_log_prob(glue.policy(glue.traj.state(2, K)), glue.traj.codes,
-                               glue.traj.order, 2, "p2")
+    logp = transition_log_prob(glue.policy(glue.traj.state(2)), glue.traj, 2, "p2")
     logp.sum().backward()
     gradients = [p.grad.abs().max() for p in unet.parameters() if p.grad is not None]
     assert logp.shape == (P * G,) and max(gradients) > 0
