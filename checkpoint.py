@@ -26,8 +26,7 @@ FIXED = ("model", "group_size", "unmask_steps", "transition", "inner_epochs", "k
 def fetch(path_or_hub_id, *files) -> Path:
     """Return a local path as it is, else the local folder of a hub repository (ID or ID@REVISION).
 
-    files: patterns of the files to download; without any all, but of weights in both formats
-    safetensors alone."""
+    files: patterns of what to download (default: all, but no .bin beside safetensors)."""
     path = Path(path_or_hub_id)
     if path.parts[:1] == ("shapes",):       # the embedded default, from any working folder
         path = Path(__file__).parent / path
@@ -83,15 +82,24 @@ def load_strict(model, state, path):
     model.load_state_dict(state, assign=True)
 
 
-def write_weights(path, state):
-    """Write a safetensors file. The weights may be mapped from the very file they replace."""
-    tmp = path.with_name("." + path.name)
-    save_file({name: w.contiguous() for name, w in state.items()}, tmp, metadata={"format": "pt"})
+def write_model(folder, name, state, **configs):
+    """Write a folder with NAME.safetensors, and a JSON file for each of configs. The weights may be
+    mapped from the very file that they replace."""
+    path = Path(folder) / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for key, config in configs.items():
+        write_json(path.with_name(f"{key}.json"), config)
+    tmp = path.with_name(f".{path.name}")
+    save_file({key: w.contiguous() for key, w in state.items()}, tmp, metadata={"format": "pt"})
     os.replace(tmp, path)
 
 
 def write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_rows(path) -> list[dict]:

@@ -30,20 +30,18 @@ def add_model_flags(add):
         "torch.compile (default: on a GPU)")
 
 
+SAMPLING = ("T", "guidance", "temperature", "schedule", "annealing", "batch")   # for generate()
+
+
 def add_sampling_flags(p):
     from model import is_shapes
-    tiny = is_shapes(p.parse_known_args()[0].model)
-    p.add_argument("--steps", type=int, default=12 if tiny else 50, help="T, iterations")
-    p.add_argument("--cfg", type=float, default=0.0 if tiny else 5.0, help="guidance, 0 = none")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the Gumbel noise")
-    p.add_argument("--schedule", choices=["cosine", "linear"], default="cosine")
-    p.add_argument("--annealing", choices=["compound", "linear", "none"], default="compound")
-    p.add_argument("--batch", type=int, default=256 if tiny else 8, help="pictures at a time")
-
-
-def sampling_settings(args) -> dict:      # for sample.generate
-    return dict(T=args.steps, guidance=args.cfg, batch=args.batch, temperature=args.temperature,
-                schedule=args.schedule, annealing=args.annealing)
+    tiny, add = is_shapes(p.parse_known_args()[0].model), p.add_argument
+    add("--steps", type=int, default=12 if tiny else 50, dest="T", help="iterations")
+    add("--cfg", type=float, default=0.0 if tiny else 5.0, dest="guidance", help="0 = none")
+    add("--temperature", type=float, default=1.0, help="of the Gumbel noise")
+    add("--schedule", choices=["cosine", "linear"], default="cosine")
+    add("--annealing", choices=["compound", "linear", "none"], default="compound")
+    add("--batch", type=int, default=256 if tiny else 8, help="pictures at a time")
 
 
 STORE = None    # torchrun's key-value store, in which the first process that fails says so
@@ -64,9 +62,11 @@ def run(main):
         if first:
             print(line or traceback.format_exc(), file=sys.stderr)
         sys.stdout.flush()
-        os._exit(1)     # the threads of a process group would abort an exit in the usual order
+        os._exit(1)     # threads of a process group can abort an exit in the usual order
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def setup(device=None):
@@ -110,11 +110,6 @@ def now(device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def peak_gib(device) -> float:
-    """Return the most GPU memory that this process held, in GiB; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else 0.0
 
 
 def all_sum(tensor):
@@ -219,6 +214,18 @@ class Log:
         self.row("eval", row)
         self.say("eval " + " ".join(f"{key} {value:.3g}" for key, value in row.items()))
 
+    def close(self):
+        """Write the first grid above the last one, in before_after.png, and end wandb's run."""
+        grids = [Image.open(path) for path in sorted(self.out.glob("samples/step-*.png"))]
+        if self.on and len(grids) > 1:
+            first, last = grids[0], grids[-1]
+            sheet = Image.new("RGB", (first.width, first.height + last.height + 8), "black")
+            sheet.paste(first, (0, 0))
+            sheet.paste(last, (0, first.height + 8))
+            sheet.save(self.out / "samples/before_after.png")
+        if self.wandb:
+            self.wandb.finish()
+
 
 def to_pil(image):      # uint8[3, H, W]
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
@@ -256,12 +263,3 @@ def grid(images, captions, columns):
         lines = textwrap.wrap(caption, max(1, width // 6))[:2]
         draw.text((x, y + height + 1), "\n".join(lines), "black", font, spacing=1)
     return sheet
-
-
-def before_and_after(folder):
-    """Write the first grid of a folder above the last one, in before_after.png."""
-    first, *_, last = (Image.open(path) for path in sorted(folder.glob("step-*.png")))
-    sheet = Image.new("RGB", (first.width, first.height + last.height + 8), "black")
-    sheet.paste(first, (0, 0))
-    sheet.paste(last, (0, first.height + 8))
-    sheet.save(folder / "before_after.png")

@@ -67,8 +67,6 @@ class SampleFilter:
     judged enter the history, the rejected ones too, so that the bar does not rise by itself."""
 
     def __init__(self, percentile=10.0, warmup=50):
-        if not 0 <= percentile <= 100:
-            raise ValueError(f"SampleFilter: percentile {percentile} is not between 0 and 100")
         self.percentile, self.warmup, self.history = percentile, warmup, []
 
     @property

@@ -17,8 +17,8 @@ Departures from Show-o's code:
 """
 import contextlib
 import functools
-import json
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import TOKENIZER, fetch, load_strict, read_weights, write_json, write_weights
+from checkpoint import TOKENIZER, fetch, load_strict, read_json, read_weights, write_model
 
 try:
     import torchvision  # noqa: F401  (transformers and open_clip import it when it is there)
@@ -74,11 +74,6 @@ class Phi(nn.Module):
             "layers": nn.ModuleList(layer() for _ in range(phi["num_hidden_layers"])),
             "final_layernorm": nn.LayerNorm(C)})
         self.lm_head = nn.Linear(C, vocabulary)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=phi["initializer_range"])
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
 
 
 def block(x, w, text, rotary, mask, at, heads, half):
@@ -87,7 +82,7 @@ def block(x, w, text, rotary, mask, at, heads, half):
 
     x Float32 (B, n, C): the residual stream. w: {name: (weight, bias, ...)}. text: keys and values
     (B, heads, n_text, d) that stand before those of x, or None. rotary: cos and sin, (n, r) each.
-    mask: of attention, additive, (B, 1, 1 or n, n_text + n), or None. at Long (B, M): the positions
+    mask: of attention, (B, 1, 1 or n, n_text + n), or None. at Long (B, M): the positions
     that are wanted, or None. half: the type of products. Norms and sums are float32.
     Source: transformers' PhiDecoderLayer with qk_layernorm, which Show-o forces."""
     h = norm(x, w["input_layernorm"]).to(half)                                      # (B, n, C)
@@ -155,10 +150,10 @@ class Prompt:
     """P encoded prompts, and B rows that use them."""
     ids: torch.Tensor                   # Long (P, max_text_len + 1), left-padded; prefill() cuts
                                         # columns that are padding in all prompts
-    real: torch.Tensor                  # Bool, as ids; False on padding
     row: torch.Tensor                   # Long (B,), the prompt of every row
-    text: Text | None = None            # of prefill(), while weights stay as they are
-    no_padding: bool = False            # all of real is True, so that no mask is needed
+    # of prefill():
+    text: Text | None = None
+    real: torch.Tensor | None = None    # Bool, as ids: False on padding; None where none is left
     empty: "Prompt | None" = None       # the empty prompt, prefilled, for guidance
 
     def __len__(self):
@@ -176,23 +171,20 @@ class Showo(nn.Module):
     """Phi with q/k layer norms that predicts the code of every masked image token.
 
     .N image tokens, .K codes. config: Show-o's config.json; phi: sizes, over those of Phi-1.5.
-    .compute_dtype: bfloat16 for products in half precision, weights as they are. .compiled: block()
-    runs as fused kernels (torch.compile). .grad_checkpoint: the backward pass computes again what
-    lies inside of blocks. Source: showlab/Show-o models/modeling_showo.py and
-    training/prompting_utils.py."""
+    .dtype: of products, whatever that of the weights is. .compiled: block() runs as fused kernels
+    (torch.compile). .grad_checkpoint: the backward pass computes again what
+    lies inside of blocks. Source: showlab/Show-o modeling_showo.py, prompting_utils.py."""
 
     def __init__(self, config: dict, phi: dict, tokenizer):
         super().__init__()
         self.config, self.tokenizer = dict(config), tokenizer
         self.phi = {**PHI_1_5, **phi, "vocab_size": config["vocab_size"]}
-        self.compute_dtype, self.compiled, self.grad_checkpoint = None, False, False
-        self.adapters_on = True
+        self.dtype, self.adapters_on = torch.float32, True
+        self.compiled, self.grad_checkpoint = False, False
         self.N, self.K = config["num_vq_tokens"], config["codebook_size"]
         self.text_vocab = config["llm_vocab_size"]
         self.code_offset = self.text_vocab + len(SPECIALS)
-        self.pad, self.soi, self.eoi, self.t2i = (
-            self.text_vocab + SPECIALS.index(name)
-            for name in ("[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>"))
+        self.pad, self.soi, self.eoi, _, _, self.t2i = range(self.text_vocab, self.text_vocab + 6)
         assert config["vocab_size"] == self.code_offset + self.K + 1, "the vocabulary's parts"
         assert self.phi["hidden_act"] == "gelu_new" and not self.phi.get("rope_scaling"), "not Phi"
         self.showo = Phi(config["vocab_size"], self.phi)
@@ -201,60 +193,48 @@ class Showo(nn.Module):
     def device(self):
         return self.showo.lm_head.weight.device
 
-    @property
-    def half(self):
-        """The type of products."""
-        return self.compute_dtype or self.showo.model["embed_tokens"].weight.dtype
-
     def compute_in(self, dtype):
-        """Set compute_dtype. Frozen projections, if any, are stored in it: a model that is saved
-        with its adapters merged has the rounded base, which is the one that was trained."""
-        self.compute_dtype = dtype
+        """Let products be of dtype. Frozen projections, if any, are stored in it: a model that is
+        saved with its adapters merged has the rounded base, which is the one that was trained."""
+        self.dtype = dtype
         for module in self.showo.model["layers"].modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-                module.weight.data = module.weight.data.to(self.half)
+                module.weight.data = module.weight.data.to(dtype)
 
     def encode(self, prompts: list[str], max_text_len: int = 128) -> Prompt:
         """Return the ids of B prompts, [PAD].. <|t2i|> bos text eos, as a Prompt of B rows.
 
         Over-long text is cut, eos kept."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        # lone surrogates, which no tokenizer takes, become "?"
-        prompts = [text.encode("utf-8", "replace").decode() for text in prompts]
         ids = torch.full((len(prompts), max_text_len + 1), self.pad)
         for row, text in zip(ids, self.tokenizer(prompts)["input_ids"], strict=True):
             text = text if text[:1] == [bos] else [bos, *text]
-            text = [self.t2i, *text, eos]
-            if len(text) > len(row):
-                text = [*text[:max_text_len], eos]
-            row[len(row) - len(text):] = torch.tensor(text)
-        ids = ids.to(self.device)
-        return Prompt(ids, ids != self.pad, torch.arange(len(ids), device=self.device))
+            text = [self.t2i, *text][:max_text_len] + [eos]
+            row[-len(text):] = torch.tensor(text)
+        return Prompt(ids.to(self.device), torch.arange(len(ids), device=self.device))
 
     def prefill(self, prompt: Prompt, guided=False) -> Prompt:
         """Return the prompt with its Text, for many logits() while the weights stay as they are;
         prompts that no row uses are left out. guided: prefill the empty prompt, too."""
         used, row = prompt.row.unique(return_inverse=True)
-        ids, real = prompt.ids[used], prompt.real[used]
+        real = prompt.ids[used] != self.pad
         n_padding = int((~real).sum(1).min())   # columns that are padding in every prompt
-        ids, real = ids[:, n_padding:], real[:, n_padding:]
+        ids, real = prompt.ids[used, n_padding:], real[:, n_padding:]
         empty = self.prefill(self.encode([""])) if guided else None
-        return Prompt(ids, real, row, self._text_pass(ids, real), bool(real.all()), empty)
+        return Prompt(ids, row, self._text_pass(ids, real), None if real.all() else real, empty)
 
     def _text_pass(self, ids, real) -> Text:
         """Return the Text of ids Long[P, n], real Bool[P, n]."""
         phi, head, n = self.showo.model, self.showo.lm_head, ids.shape[1]
         i = torch.arange(n, device=ids.device)
         sees = (i[:, None] >= i) & real[:, None] | (i[:, None] == i)                # (P, n, n)
-        mask = torch.zeros(sees.shape, dtype=self.half, device=ids.device)
-        mask = mask.masked_fill_(~sees, -math.inf)[:, None]
         rotary, heads = self._rotary(0, n), self.phi["num_attention_heads"]
         x, layers = F.embedding(ids, phi["embed_tokens"].weight).float(), []
         weights = [self._weights(layer) for layer in phi["layers"]]
         for w in weights:
-            h = norm(x, w["input_layernorm"]).to(self.half)
+            h = norm(x, w["input_layernorm"]).to(self.dtype)
             layers.append(keys_and_values(h, w, rotary, heads))
-            x = block(x, w, None, rotary, mask, None, heads, self.half)
+            x = block(x, w, None, rotary, sees[:, None], None, heads, self.dtype)
 
         embed, codes = phi["embed_tokens"].weight, slice(self.code_offset, -1)
         embed = torch.cat([embed[self.code_offset:], embed[self.soi:self.eoi + 1]])
@@ -267,7 +247,7 @@ class Showo(nn.Module):
         for name, module in [*layer["self_attn"].items(), *layer["mlp"].items()]:
             given = list(module.parameters())       # weight, bias, adapters
             weights[name] = given if self.adapters_on else given[:2]
-        as_half = self.half if not (self.grad_checkpoint and torch.is_grad_enabled()) else None
+        as_half = self.dtype if not (self.grad_checkpoint and torch.is_grad_enabled()) else None
         return {name: [p.float() if name.endswith("norm") else cast(p, as_half) for p in given]
                 for name, given in weights.items()}
 
@@ -297,8 +277,7 @@ class Showo(nn.Module):
         torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
 
     def policy(self, prompt: Prompt, guidance: float = 0.0):
-        """Return the function codes -> logits that sample.rollout calls, closed over prompts whose
-        text is computed here, once."""
+        """Return sample.rollout's function codes -> logits; the text is computed here, once."""
         prompt = self.prefill(prompt, guided=bool(guidance))
         return lambda codes: self.logits(codes, prompt, guidance=guidance)
 
@@ -308,8 +287,7 @@ class Showo(nn.Module):
 
         <|soi|>, image tokens and <|eoi|> see each other both ways and all real text. guidance g:
         (1 + g) conditional - g unconditional, the latter with the empty prompt. positions:
-        Long[B, M], those that are wanted -> Float32[B, M, K]. Raises ValueError when the numbers of
-        rows differ."""
+        Long[B, M], those that are wanted -> Float32[B, M, K]. ValueError if B differs."""
         B, N = codes.shape
         if len(prompt) != B:
             raise ValueError(f"logits: {B} rows of codes, {len(prompt)} rows of prompts")
@@ -331,25 +309,25 @@ class Showo(nn.Module):
         text, start = prompt.text, prompt.ids.shape[1]
         ids = F.pad(F.pad(codes, (1, 0), value=self.K + 1), (0, 1), value=self.K + 2)   # soi, eoi
         n, mask = ids.shape[1], None
-        if not prompt.no_padding:       # without a mask the fastest kernels apply
+        if prompt.real is not None:     # without a mask the fastest kernels apply
             # one row for all queries of all layers: of another type, or if its length in memory is
             # no multiple of 8, CUDA's attention makes a whole mask of it in each layer
             seen = F.pad(prompt.real[prompt.row], (0, n + -(start + n) % 8), value=True)
-            mask = torch.zeros(seen.shape, dtype=self.half, device=codes.device)
+            mask = torch.zeros(seen.shape, dtype=self.dtype, device=codes.device)
             mask = mask.masked_fill_(~seen, -math.inf)[:, None, None, :start + n]
 
         rotary, x = self._rotary(start, n), F.embedding(ids, text.embed)            # (B, n, C)
         for i, (w, layer) in enumerate(zip(text.weights, text.layers, strict=True)):
             # the last block computes at some positions alone, which stand after <|soi|>
             at = positions + 1 if i == len(text.layers) - 1 else None
-            before = [kv.index_select(0, prompt.row).to(self.half) for kv in layer]
+            before = [kv.index_select(0, prompt.row).to(self.dtype) for kv in layer]
             x = self._run(x, w, before, rotary, mask, at)
         return norm(x, [p.float() for p in self.showo.model["final_layernorm"].parameters()])
 
     def _run(self, x, w, before, rotary, mask, at):
         """Do block(). Compiled, one graph serves all layers, numbers of rows and of positions, and
         lengths of text; a size of 1 would have a graph of its own, and is not compiled."""
-        args = (x, w, before, rotary, mask, at, self.phi["num_attention_heads"], self.half)
+        args = (x, w, before, rotary, mask, at, self.phi["num_attention_heads"], self.dtype)
         if self.compiled and 1 not in (len(x), at.shape[1] if at is not None else 0):
             for tensor, dims in ((x, [0]), (mask, [0, 3]), (at, [0, 1]),
                                  *((kv, [0, 2]) for kv in before)):
@@ -363,14 +341,10 @@ class Showo(nn.Module):
         return block(*args)
 
     def save(self, folder):
-        """Write Show-o's layout (config.json, pytorch_model.safetensors), the tokenizer's files and
-        phi_config.json."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write Show-o's layout, with the tokenizer's files and phi_config.json."""
         self.tokenizer.save_pretrained(folder)
-        write_json(folder / "config.json", self.config)
-        write_json(folder / "phi_config.json", {"model_type": "phi", **self.phi})
-        write_weights(folder / "pytorch_model.safetensors", self.merged_state())
+        write_model(folder, "pytorch_model", self.merged_state(), config=self.config,
+                    phi_config={"model_type": "phi", **self.phi})
 
     def trainable(self) -> dict:
         """Return the parameters that are trained: all, or with LoRA the adapters."""
@@ -437,19 +411,17 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
     state = {name: weight for name, weight in read_weights(path, device, dtype).items()
              if not name.startswith("mm_projector.")}       # for understanding pictures
     folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").exists() or "Showo" not in (folder / "config.json").read_text():
+    if read_json(folder / "config.json").get("_class_name") != "Showo":
         folder = fetch(like or "showlab/show-o-512x512", "*config.json")
-    config = json.loads((folder / "config.json").read_text()) | {"w_clip_vit": False}
-    phi = {}
-    if (folder / "phi_config.json").exists():
-        phi = json.loads((folder / "phi_config.json").read_text())
+    config = read_json(folder / "config.json") | {"w_clip_vit": False}
+    phi = read_json(folder / "phi_config.json")         # {} with the released weights
     own_tokenizer = folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"
     text = AutoTokenizer.from_pretrained(fetch(tokenizer or own_tokenizer, *TOKENIZER))
     assert len(text) <= config["llm_vocab_size"], "the tokenizer has more entries than the model"
     with torch.device("meta"):
         model = Showo(config, phi, text)
     load_strict(model, state, path)
-    model.source = path_or_hub_id
+    model.source, model.dtype = path_or_hub_id, dtype
     return model.eval()
 
 
@@ -471,8 +443,8 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtyp
 
 def is_shapes(model) -> bool:
     """Return whether --model names the tiny base, or a checkpoint trained from it."""
-    config = Path(model) / "config.json"
-    return model == "shapes" or config.exists() and '"shapes"' in config.read_text()
+    config = read_json(Path(model) / "config.json")
+    return model == "shapes" or config.get("llm_model_path") == "shapes"
 
 
 def describe(showo, magvit) -> str:
@@ -514,70 +486,45 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h.unflatten(2, x.shape[2:]))
 
 
-class Level(nn.Module):
-    """Blocks at one resolution, then a change of it, if any."""
-
-    def __init__(self, c_in, c_out, n_blocks, down=False, up=False):
-        super().__init__()
-        blocks = [ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n_blocks)]
-        self.block = nn.Sequential(*blocks)
-        if down:
-            self.downsample = nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, stride=2)})
-        if up:
-            self.upsample = nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, padding=1)})
-
-    def forward(self, x):
-        x = self.block(x)
-        if hasattr(self, "downsample"):
-            x = self.downsample["conv"](F.pad(x, (0, 1, 0, 1)))
-        if hasattr(self, "upsample"):
-            x = self.upsample["conv"](F.interpolate(x, scale_factor=2.0))
-        return x
+def named(**layers):
+    return nn.Sequential(OrderedDict(layers))
 
 
-class Middle(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResnetBlock(c, c), AttnBlock(c), ResnetBlock(c, c)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(c):
+    return named(block_1=ResnetBlock(c, c), attn_1=AttnBlock(c), block_2=ResnetBlock(c, c))
 
 
-class Encoder(nn.Module):
-    def __init__(self, ch, ch_mult, num_res_blocks, z_channels, in_ch=3, **_):
-        super().__init__()
-        width, n_levels = [ch, *(ch * m for m in ch_mult)], len(ch_mult)
-        self.conv_in = nn.Conv2d(in_ch, ch, 3, padding=1)
-        self.down = nn.Sequential(*(
-            Level(width[i], width[i + 1], num_res_blocks[i], down=i < n_levels - 1)
-            for i in range(n_levels)))
-        self.mid, self.norm_out = Middle(width[-1]), _norm(width[-1])
-        self.conv_out = nn.Conv2d(width[-1], z_channels, 3, padding=1)
-        self.quant_conv = nn.Conv2d(z_channels, z_channels, 1)
-
-    def forward(self, x):
-        x = self.mid(self.down(self.conv_in(x)))
-        return self.quant_conv(self.conv_out(F.silu(self.norm_out(x))))
+def level(c_in, c_out, n_blocks, change=None):
+    """Return blocks at one resolution, and then a change of it, if any."""
+    blocks = [ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n_blocks)]
+    layers = {"block": nn.Sequential(*blocks)}
+    if change == "downsample":
+        layers[change] = named(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                               conv=nn.Conv2d(c_out, c_out, 3, stride=2))
+    if change == "upsample":
+        layers[change] = named(resize=nn.Upsample(scale_factor=2.0),
+                               conv=nn.Conv2d(c_out, c_out, 3, padding=1))
+    return named(**layers)
 
 
-class Decoder(nn.Module):
-    def __init__(self, ch, ch_mult, num_res_blocks, z_channels, out_ch=3, **_):
-        super().__init__()
-        width = [*(ch * m for m in ch_mult), ch * ch_mult[-1]]  # level i: width[i + 1] -> width[i]
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
-        self.conv_in = nn.Conv2d(z_channels, width[-1], 3, padding=1)
-        self.mid = Middle(width[-1])
-        self.up = nn.ModuleList(Level(width[i + 1], width[i], num_res_blocks[i], up=i > 0)
-                                for i in range(len(ch_mult)))
-        self.norm_out = _norm(width[0])
-        self.conv_out = nn.Conv2d(width[0], out_ch, 3, padding=1)
+def encoder(ch, ch_mult, num_res_blocks, z_channels, in_ch=3, **_):
+    width, n_levels = [ch, *(ch * m for m in ch_mult)], len(ch_mult)
+    changes = ["downsample"] * (n_levels - 1) + [None]
+    down = [level(width[i], width[i + 1], num_res_blocks[i], changes[i]) for i in range(n_levels)]
+    return named(conv_in=nn.Conv2d(in_ch, ch, 3, padding=1), down=nn.Sequential(*down),
+                 mid=middle(width[-1]), norm_out=_norm(width[-1]), silu=nn.SiLU(),
+                 conv_out=nn.Conv2d(width[-1], z_channels, 3, padding=1),
+                 quant_conv=nn.Conv2d(z_channels, z_channels, 1))
 
-    def forward(self, z):
-        x = self.mid(self.conv_in(self.post_quant_conv(z)))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+
+def decoder(ch, ch_mult, num_res_blocks, z_channels, out_ch=3, **_):
+    width = [*(ch * m for m in ch_mult), ch * ch_mult[-1]]
+    up = {str(i): level(width[i + 1], width[i], num_res_blocks[i], "upsample" if i > 0 else None)
+          for i in reversed(range(len(ch_mult)))}       # level 0, the finest, comes last
+    return named(post_quant_conv=nn.Conv2d(z_channels, z_channels, 1),
+                 conv_in=nn.Conv2d(z_channels, width[-1], 3, padding=1), mid=middle(width[-1]),
+                 up=named(**up), norm_out=_norm(width[0]), silu=nn.SiLU(),
+                 conv_out=nn.Conv2d(width[0], out_ch, 3, padding=1))
 
 
 class Quantizer(nn.Module):
@@ -591,59 +538,47 @@ class Quantizer(nn.Module):
         signs = (codes & self.power_vals).ne(0).float() * 2 - 1                 # (K, bits), +-1
         self.register_buffer("embedding", signs)
 
-    def forward(self, hidden):
-        """Return the codes of hidden Float[B, bits, H, W]: Long[B, H * W]."""
-        return ((hidden > 0) * self.power_vals[:, None, None]).sum(1).flatten(1)
-
 
 class MAGVITv2(nn.Module):
-    """Images <-> codes. Source: showlab/Show-o models/modeling_magvitv2.py, whose released sizes
-    are the defaults."""
+    """Images <-> codes. Source, and the sizes: showlab/Show-o models/modeling_magvitv2.py."""
 
-    ENCODER = dict(ch=128, ch_mult=[1, 2, 2, 4, 4], num_res_blocks=[4, 3, 4, 3, 4], z_channels=13)
-    DECODER = dict(ch=128, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=[4, 4, 3, 4, 3], z_channels=13)
+    SIZES = {
+        "encoder": dict(ch=128, ch_mult=[1, 2, 2, 4, 4], num_res_blocks=[4, 3, 4, 3, 4],
+                        z_channels=13),
+        "decoder": dict(ch=128, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=[4, 4, 3, 4, 3],
+                        z_channels=13)}
 
-    def __init__(self, encoder=None, decoder=None):
+    def __init__(self, config=None):
         super().__init__()
-        self.config = {"encoder": encoder or self.ENCODER, "decoder": decoder or self.DECODER}
-        self.encoder = Encoder(**self.config["encoder"])
-        self.decoder = Decoder(**self.config["decoder"])
+        self.config = {"_class_name": "MAGVITv2", **self.SIZES, **(config or {})}
+        self.encoder = encoder(**self.config["encoder"])
+        self.decoder = decoder(**self.config["decoder"])
         self.quantize = Quantizer(self.config["encoder"]["z_channels"])
 
     def encode(self, images):
         """Return the codes of images Float[B, 3, H, W] in [-1, 1], row by row: Long[B, N]. H and W
         are multiples of the downsampling."""
-        return self.quantize(self.encoder(images))
+        bits = self.encoder(images) > 0                                     # (B, bits, h, w)
+        return (bits * self.quantize.power_vals[:, None, None]).sum(1).flatten(1)
 
     def decode(self, codes, shape=None):
         """Return the images of codes Long[B, N]: Float[B, 3, H, W], about [-1, 1], not clamped.
-
-        shape: (h, w) of the code grid, None = square. Chunks of about 1024 codes (a 512 x 512
-        picture) keep its memory small. Raises ValueError when the codes do not fill the grid."""
+        shape: rows and columns of codes, None = square. Chunks of 1024 codes bound the memory."""
         h, w = shape or (math.isqrt(codes.shape[1]),) * 2
-        if h * w != codes.shape[1]:
-            raise ValueError(f"{codes.shape[1]} codes do not fill a {h} x {w} grid; give "
-                             "shape=(h, w)")
-        z = self.quantize.embedding[codes].unflatten(1, (h, w)).permute(0, 3, 1, 2).contiguous()
-        chunk = max(1, 1024 // (h * w))
-        return torch.cat([self.decoder(part) for part in z.split(chunk)])
+        z = self.quantize.embedding[codes].unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        parts = z.contiguous().split(max(1, 1024 // (h * w)))
+        return torch.cat([self.decoder(part) for part in parts])
 
-    def save(self, folder, dtype=torch.float32):
-        """Write config.json and model.safetensors, floating-point weights as dtype."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", {"_class_name": "MAGVITv2", **self.config})
-        state = {name: weight.to(dtype) if weight.is_floating_point() else weight
-                 for name, weight in self.state_dict().items()}
-        write_weights(folder / "model.safetensors", state)
+    def save(self, folder):
+        """Write config.json and model.safetensors."""
+        write_model(folder, "model", self.state_dict(), config=self.config)
 
 
 def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
     """Load MAGVIT-v2 in float32 from a folder or hub id with config.json and weights."""
     path = fetch(path_or_hub_id)
-    config = json.loads((path / "config.json").read_text())
     with torch.device("meta"):
-        model = MAGVITv2(config.get("encoder"), config.get("decoder"))
+        model = MAGVITv2(read_json(path / "config.json"))
     load_strict(model, read_weights(path, device, torch.float32), path)
     model.source = path_or_hub_id
     if torch.device(device).type == "cpu":  # a third less time there; CUDA's GroupNorm undoes it

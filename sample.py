@@ -271,7 +271,8 @@ def main():
 
     def draw(prompts, n, seeds):
         seeds = [args.seed * 1_000_003 + i for i in seeds]
-        return generate(showo, magvit, prompts, n=n, seeds=seeds, **common.sampling_settings(args))
+        settings = {name: getattr(args, name) for name in common.SAMPLING}
+        return generate(showo, magvit, prompts, n=n, seeds=seeds, **settings)
 
     png, all_prompts = args.out.suffix == ".png", [e["prompt"] for e in examples]
     (args.out.parent if png else args.out).mkdir(parents=True, exist_ok=True)

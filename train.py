@@ -133,6 +133,7 @@ def example_at(slot, examples, seed):
     return examples[order[place]]
 
 
+@torch.no_grad()
 def sample_groups(examples, keys, args, showo) -> Trajectory:
     """Roll out G pictures of each of P examples (Eq. 1-9): P G rows, those of a group together.
     keys: what the random numbers of each group depend on."""
@@ -140,18 +141,17 @@ def sample_groups(examples, keys, args, showo) -> Trajectory:
     for i in range(0, len(examples), chunk):
         prompt = showo.encode([e["prompt"] for e in examples[i:i + chunk]]).repeat(G)
         generators = [generator(showo.device, *key) for key in keys[i:i + chunk]]
-        with torch.no_grad():
-            policy = showo.policy(prompt)
-        trajs.append(rollout(policy, len(prompt), showo.N, showo.K, args.unmask_steps,
-                             generator=generators, keep_sampled=args.transition == "ar"))
+        trajs.append(rollout(showo.policy(prompt), len(prompt), showo.N, showo.K,
+                             args.unmask_steps, generator=generators,
+                             keep_sampled=args.transition == "ar"))
     return Trajectory.cat(trajs)
 
 
+@torch.no_grad()
 def score_groups(examples, traj, magvit, reward) -> dict:
     """Decode and score -> {"reward": the sum, and each part by its name}, Float (P, G) each."""
     P, device = len(examples), traj.codes.device
-    with torch.no_grad():
-        images = to_uint8(magvit.decode(traj.codes))
+    images = to_uint8(magvit.decode(traj.codes))
     scores = reward.score(images, examples, len(images) // P)
     return {name: values.view(P, -1).to(device) for name, values in scores.items()}
 
@@ -252,33 +252,31 @@ def update(step, examples, traj, adv, sound, args, showo, reference, optimizer) 
         if taken:
             optimizer.step()
         optimizer.zero_grad()
-        if not taken:
-            break
     return {"taken": int(taken), "grad_norm": norm if n_terms else math.nan, **tally.means()}
 
 
 class Tally:
-    """Means over the rows and tokens of all passes and processes, for the log."""
+    """Means over the rows, or the tokens, of all passes and processes, for the log."""
+    NAMES = ("ratio_mean", "approx_kl", "clip_fraction", "kl_ref", "entropy")
 
     def __init__(self, device):
-        self.sums, self.ratio_max = torch.zeros(7, device=device), torch.zeros(1, device=device)
+        self.sums = torch.zeros(2, len(self.NAMES), device=device)      # of values, of ones
+        self.ratio_max = torch.zeros(1, device=device)
 
     @torch.no_grad()
     def add(self, log_ratio, kl, logits, clip):
         """log_ratio Float (b,); kl: a mean; logits Float (b, n_t, K), of the newly unmasked."""
         ratio, logp = log_ratio.exp(), logits.float().log_softmax(-1)
-        clipped, entropy = (ratio < clip[0]) | (ratio > clip[1]), -(logp.exp() * logp).sum(-1)
+        values = [ratio, log_ratio.expm1() - log_ratio, (ratio < clip[0]) | (ratio > clip[1]),
+                  kl.expand_as(ratio), -(logp.exp() * logp).sum(-1)]
+        self.sums[0] += torch.stack([x.float().sum() for x in values])
+        self.sums[1] += torch.stack([torch.ones_like(x, dtype=logp.dtype).sum() for x in values])
         self.ratio_max = self.ratio_max.maximum(ratio.amax())
-        self.sums += torch.stack([x.float().sum() for x in (
-            torch.ones_like(ratio), ratio, log_ratio.expm1() - log_ratio, clipped, kl * len(ratio),
-            torch.ones_like(entropy), entropy)])
 
     def means(self) -> dict:
-        rows, *sums, tokens, entropy = all_sum(self.sums).tolist()
-        names = ("ratio_mean", "approx_kl", "clip_fraction", "kl_ref")
-        means = {name: x / (rows or math.nan) for name, x in zip(names, sums, strict=True)}
-        return means | {"ratio_max": all_cat(self.ratio_max).amax().item(),
-                        "entropy": entropy / (tokens or math.nan)}
+        total, number = all_sum(self.sums)
+        return dict(zip(self.NAMES, (total / number).tolist(), strict=True),
+                    ratio_max=all_cat(self.ratio_max).amax().item())
 
 
 def evaluate(step, examples, args, showo, magvit, judge, out) -> dict:
@@ -402,7 +400,6 @@ def main():
                 optimizer.consolidate_state_dict(to=0)
             if rank == 0:
                 checkpoint.save(out, step, showo, optimizer, sample_filter, args)
-            common.barrier()
         if last:
             break
 
@@ -431,7 +428,7 @@ def main():
                   "lr": learning_rate(step, args), "s_rollout": times[1] - times[0],
                   "s_reward": times[2] - times[1], "s_update": times[3] - times[2],
                   "images_per_s": P * G * world / (times[3] - times[0]),
-                  "peak_gib": common.peak_gib(device)})
+                  "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30})     # 0 on a CPU
         bad_steps = 0 if numbers["taken"] else bad_steps + 1
         if bad_steps == 20:
             raise SystemExit("20 steps in a row were not taken, something in them is not finite: "
@@ -439,8 +436,7 @@ def main():
 
     if stopped:
         log.say(f"stopped by a signal after step {step}; go on with --resume --out {out}")
-    if rank == 0 and len(list(out.glob("samples/step-*.png"))) > 1:
-        common.before_and_after(out / "samples")
+    log.close()
 
 
 if __name__ == "__main__":

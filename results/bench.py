@@ -64,9 +64,9 @@ def random_showo(size, device):
               "codebook_size": K, "num_vq_tokens": N}
     torch.manual_seed(0)
     with torch.device(device):
-        showo = Showo(config, phi | {"initializer_range": 0.05}, None)
+        showo = Showo(config, phi, None)
     if torch.device(device).type == "cuda":
-        showo.compute_dtype, showo.compiled = torch.bfloat16, True
+        showo.dtype, showo.compiled = torch.bfloat16, True
     return showo.eval(), T, G
 
 
@@ -138,7 +138,7 @@ def plain_logits(showo, codes, prompt):
     causal, within_image = i[:, None] >= i, (i[:, None] >= TEXT) & (i >= TEXT)
     sees = (causal | within_image) & (ids != showo.pad)[:, None]
     mask = torch.where(sees | (i[:, None] == i), 0.0, -1e9)[:, None]
-    half = torch.autocast(ids.device.type, torch.bfloat16, enabled=showo.half == torch.bfloat16)
+    half = torch.autocast(ids.device.type, torch.bfloat16, enabled=showo.dtype == torch.bfloat16)
     with half:
         return plain_phi(showo)(input_ids=ids, attention_mask=mask, position_ids=i[None],
                                 use_cache=False).logits
@@ -289,7 +289,7 @@ def check_equal(showo, prompt, traj, t, kind):
     ours = our_update(showo, prompt, traj, t, kind)
     plain = plain_update(showo, prompt, traj, t, kind)
     difference = ((ours - plain).abs() / plain.abs()).max().item()
-    tolerance = 2e-2 if showo.compute_dtype else 1e-4
+    tolerance = 2e-2 if showo.dtype == torch.bfloat16 else 1e-4
     assert difference < tolerance, f"log-probabilities differ by {difference}"
     return difference
 

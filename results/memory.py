@@ -143,7 +143,7 @@ def measure(size) -> dict:
               "codebook_size": K, "num_vq_tokens": N}
     Memory.answers[torch.long] = N
     with FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory:
-        magvit = MAGVITv2(vq, vq).eval().requires_grad_(False)
+        magvit = MAGVITv2({"encoder": vq, "decoder": vq}).eval().requires_grad_(False)
         magvit.encoder = None       # load_models leaves it on the CPU
         others = {"MAGVIT decoder": sum(x.nbytes for x in magvit.state_dict().values()),
                   "reward": n_reward}

@@ -3,7 +3,7 @@
     python results/world.py                                 # a minute or two; world.json
     python results/world.py --ckpt runs/NAME/checkpoint-45 --json after.json
 
-base: GenEval's rule (overall), the exact rule, and objects drawn and asked for, by family (mean: of
+base: GenEval's rule (official), the exact rule, and objects drawn and asked for, by family (mean: of
 the families, not of the prompts); 63 held-out prompts x --n pictures. order: the share of all
 tokens, and of all objects, that each iteration places, and the policy's entropy at the tokens that
 it places, in nats. clip: how often the CLIP ranks a right picture over a wrong one, by family. Four
@@ -48,7 +48,7 @@ def draw(showo, lines, n, T):
                    generator=torch.Generator().manual_seed(0))
     entropy = []
     for t in range(T):
-        logp = policy(traj.state(t, showo.K))[traj.order == t].log_softmax(-1)
+        logp = policy(traj.state(t))[traj.order == t].log_softmax(-1)
         entropy.append(-(logp.exp() * logp).sum(1).mean())
     return traj, torch.stack(entropy)
 

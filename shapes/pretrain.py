@@ -161,8 +161,8 @@ def pretrain_tokenizer(steps, seed, *, batch=8, lr=3e-3) -> MAGVITv2:
     """
     torch.manual_seed(seed)
     size = dict(ch=32, ch_mult=[1, 1, 2, 2], z_channels=BITS)
-    model = MAGVITv2(encoder=dict(size, num_res_blocks=[0, 0, 1, 1]),
-                     decoder=dict(size, num_res_blocks=[0, 1, 1, 2]))
+    model = MAGVITv2({"encoder": dict(size, num_res_blocks=[0, 0, 1, 1]),
+                      "decoder": dict(size, num_res_blocks=[0, 1, 1, 2])})
 
     def loss_at(step):
         """Return the loss of fresh pictures, a scalar."""
@@ -205,7 +205,13 @@ def new_showo(hidden, layers) -> Showo:
     phi = dict(hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
                num_attention_heads=hidden // 32, max_position_embeddings=256,
                initializer_range=0.05)
-    return Showo(config, phi, tokenizer)
+    model = Showo(config, phi, tokenizer)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=phi["initializer_range"])
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.zeros_(module.bias)
+    return model
 
 
 def random_masks(codes):
@@ -255,7 +261,7 @@ def pretrain_base(steps, seed, *, pool=60000, batch=64, lr=2e-3, clean=0.75, wro
         drawn = other_ground(codes[row])                                        # (B, 36)
         masked = random_masks(drawn)
         logits = model.logits(torch.where(masked, model.K, drawn),
-                              Prompt(text, text != model.pad, torch.arange(batch)))
+                              Prompt(text, torch.arange(batch)))
         return token_loss(logits[masked], drawn[masked])
     descend("base", model, loss_at, steps, lr)
     return model
@@ -305,7 +311,7 @@ def save_clip(model, folder):
 
 def make_tokenizer(steps, seed, folder):
     """Train and save the image tokenizer."""
-    pretrain_tokenizer(steps, seed).save(folder, torch.float16)
+    pretrain_tokenizer(steps, seed).half().save(folder)
 
 
 def make_clip(steps, seed, pool, folder):

@@ -5,7 +5,6 @@ Started by torchrun, test_processes.py OUT: train.py's main in two processes, in
 the other; what each leaves in its folder under OUT is looked at by the tests."""
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,21 +22,24 @@ from safetensors.torch import load_file
 import checkpoint
 import common
 import train
-from checkpoint import InputError
+from grpo import SampleFilter
 
 FLAGS = ("--model shapes --no-kl --filter-low --steps 2 --prompts-per-step 4 --group-size 4 "
-         "--unmask-steps 4 --filter-warmup 6 --filter-percentile 90 --eval-every 0 --eval-n 1 "
-         "--eval-unmask-steps 4 "
-         "--sample-every 0 --save-every 1").split()
+         "--unmask-steps 4 --eval-every 0 --eval-n 1 --eval-unmask-steps 4 --save-every 1").split()
 EVALUATED = ("--eval-every", 2)
-PLAIN = {name: getattr(train, name) for name in ("make_optimizer", "make_reward", "update")}
+PLAIN = {name: getattr(train, name) for name in ("load_policy", "make_reward", "update")}
 GRADIENTS = []
 
 
-def recorded(args, showo, resumed):
-    """Make train.py's optimizer so that it records every gradient, and demands after every step
+def early_filter(**_):
+    """A filter that acts from the second step on, on most groups."""
+    return SampleFilter(percentile=90, warmup=6)
+
+
+def recorded(*args):
+    """Load as train.py does; the optimizer records every gradient, and demands after every step
     that the processes' parameters are equal."""
-    optimizer = PLAIN["make_optimizer"](args, showo, resumed)
+    showo, magvit, reference, optimizer = PLAIN["load_policy"](*args)
     step, params = optimizer.step, list(showo.parameters())
 
     def recording_step():
@@ -47,7 +49,7 @@ def recorded(args, showo, resumed):
         for other in common.all_cat(flat[None]):
             assert torch.equal(other, flat), "the processes' parameters differ"
     optimizer.step = recording_step
-    return optimizer
+    return showo, magvit, reference, optimizer
 
 
 # ------------------------------------------------------------------------------ the tests
@@ -71,11 +73,16 @@ def two(tmp_path_factory):
     prompts a step."""
     out = tmp_path_factory.mktemp("two")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_optimizer", recorded)
+        patch.setattr(train, "load_policy", recorded)
+        patch.setattr(train, "SampleFilter", early_filter)
         patch.setattr(common, "StopSignal", lambda: SimpleNamespace(asked=0))   # no handlers
         GRADIENTS.clear()
         call(patch, "--out", out / "one", "--prompts-per-step", 8, *EVALUATED)
-    torch.save(GRADIENTS, out / "one.pt")
+        gradients_of_one = list(GRADIENTS)
+        spoil_rewards(0.0, (), 0)
+        call(patch, "--out", out / "no-scores-at-1-as-one", "--no-filter-low", "--steps", 1)
+        train.make_reward = PLAIN["make_reward"]
+    torch.save(gradients_of_one, out / "one.pt")
     started = torchrun(__file__, out)
     _, errors = started.communicate(timeout=300)
     assert started.returncode == 0, errors[-3000:]
@@ -86,9 +93,13 @@ def weights(folder):
     return load_file(folder / "pytorch_model.safetensors")
 
 
+def trainer(folder):
+    return torch.load(folder / "trainer.pt", weights_only=True)
+
+
 def moments(folder):
     """Return the optimizer's tensors by parameter and kind."""
-    state = checkpoint.read_trainer(folder)["optimizer"]["state"]
+    state = trainer(folder)["optimizer"]["state"]
     kinds = {"step", "exp_avg", "exp_avg_sq"}
     assert all(tensors.keys() == kinds for tensors in state.values())
     return {(i, kind): state[i][kind] for i in state for kind in kinds}
@@ -147,7 +158,7 @@ def test_shards_take_the_same_step_and_leave_the_same_files(two, run):
     assert names[0] == names[1]
     equal(weights(a), weights(b))
     equal(moments(a), moments(b))
-    a, b = (checkpoint.read_trainer(folder) for folder in (a, b))
+    a, b = (trainer(folder) for folder in (a, b))
     assert a["filter"] == b["filter"] and len(a["filter"]["history"]) >= 16
     assert metrics(two / run) == metrics(two / "two")
 
@@ -161,91 +172,50 @@ def test_two_processes_go_on_where_one_was(two, run):
 
 
 @pytest.mark.parametrize("run", ["two", "zero"])
-def test_one_process_goes_on_where_two_were_with_a_notice(two, tmp_path, monkeypatch, capsys, run):
+def test_one_process_goes_on_where_two_were(two, tmp_path, monkeypatch, run):
     shutil.copytree(two / run, tmp_path / run, ignore=lambda *_: ["checkpoint-2"])
+    monkeypatch.setattr(train, "SampleFilter", early_filter)
     call(monkeypatch, "--out", tmp_path / run, "--resume", "--prompts-per-step", 8)
-    sharded = "zero True -> False, " if run == "zero" else ""
-    assert (f"notice: changed since that checkpoint: prompts_per_step 4 -> 8, {sharded}"
-            "processes 2 -> 1") in capsys.readouterr().out.splitlines()
     near(weights(two / "two/checkpoint-2"), weights(tmp_path / run / "checkpoint-2"))
     near(moments(two / "two/checkpoint-2"), moments(tmp_path / run / "checkpoint-2"))
 
 
-def test_fewer_prompts_or_more_steps_go_on_with_a_notice(two, tmp_path, monkeypatch, capsys):
-    run = shutil.copytree(two / "two", tmp_path / "run", ignore=lambda *_: ["checkpoint-2"])
-    call(monkeypatch, "--out", run, "--resume")
-    notice = "notice: changed since that checkpoint: processes 2 -> 1"
-    assert notice in capsys.readouterr().out.splitlines()
-    call(monkeypatch, "--out", run, "--resume", "--steps", 3, "--lr", 1e-3)
-    notice = "notice: changed since that checkpoint: steps 2 -> 3, lr 0.0007 -> 0.001"
-    assert notice in capsys.readouterr().out.splitlines()
-    assert [row["step"] for row in metrics(run)] == [1, 2, 3] and (run / "checkpoint-3").exists()
-
-
 def test_processes_that_filter_differently_stay_together(two):
     rows = metrics(two / "filtered")
-    assert len(rows) == 5
-    for row in rows[1:3]:                   # process 1: its 4 groups, twice
-        assert 8 <= row["resampled"] <= 16
+    assert [row["resampled"] for row in rows] == [0, 4]         # the groups of process 1
     taken = gradients(two, "filtered")
-    assert len(taken) == 5 and min(gradient.norm() for gradient in taken) > 0
+    assert len(taken) == 2 and min(gradient.norm() for gradient in taken) > 0
 
 
-def test_what_is_not_finite_skips_the_step_everywhere(two):
+def test_a_step_without_a_reward_is_not_taken_anywhere(two):
+    """Pictures of one process without a score: the others' count. Of both: no step."""
+    rows = metrics(two / "no-scores-at-1")
+    assert [row["taken"] for row in rows] == [1, 1] and rows[0]["reward_mean"] is not None
+    alone = metrics(two / "no-scores-at-1-as-one")
+    assert rows[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
+    rows = metrics(two / "no-scores")
+    assert [row["taken"] for row in rows] == [0, 0, 1, 1]
+    assert rows[0]["reward_mean"] is None and len(gradients(two, "no-scores")) == 2
+    steps = sorted(int(f.name[11:]) for f in (two / "no-scores").glob("checkpoint-*"))
+    assert steps == [3, 4]                  # not after a step that was not taken
+
+
+def test_a_gradient_that_is_not_finite_at_one_process_is_applied_nowhere(two):
     rows = metrics(two / "not-finite")
-    assert [row["skipped"] for row in rows] == [1, 1, 1, 0, 0]
-    assert len(gradients(two, "not-finite")) == 2
-    assert all(len(row["bad_prompts"]) == 4 for row in rows[:3]) and rows[3]["bad_prompts"] == []
-    known = {example["prompt"] for example in train.shapes.prompts("train")}
-    assert set(rows[0]["bad_prompts"]) <= known
-    assert rows[0]["reward_mean"] is not None
+    assert [row["taken"] for row in rows] == [0, 1]
+    assert rows[0]["grad_norm"] is None and len(gradients(two, "not-finite")) == 1
 
 
-def said(two, name):
-    """Return what stopped a scenario, which all processes say alike."""
-    first, second = ((two / f"{name}-{rank}.txt").read_text() for rank in (0, 1))
-    assert first == second
-    return first
-
-
-def test_too_many_skipped_steps_end_the_run_everywhere(two):
-    run = two / "never-finite"
-    assert re.fullmatch(f"2 steps had .* not finite; look .*; saved: {run}/checkpoint-2, continue "
-                        f"with --resume --out {run}", said(two, "never-finite"))
-    assert len(metrics(run)) == 2 and gradients(two, "never-finite") == []
-    equal(weights(run / "checkpoint-2"), weights(ROOT / "shapes"))
-
-    # shards of an optimizer that has not stepped are saved, too
-    assert checkpoint.read_trainer(run / "checkpoint-1")["optimizer"]["state"] == {}
-    assert [row["skipped"] for row in metrics(two / "finite-again")] == [1, 0]
-    assert moments(two / "finite-again/checkpoint-2")[0, "step"] == 1
-
-
-def test_a_reward_that_fails_on_one_process_ends_the_run_everywhere(two):
-    run = two / "no-server"
-    assert said(two, "no-server") == (f"no server at 1; saved: {run}/checkpoint-1, continue with "
-                                      f"--resume --out {run}")
-    assert [row["skipped"] for row in metrics(run)] == [1]
+def test_twenty_steps_that_are_not_taken_end_the_run_everywhere(two):
+    run, said = two / "never-finite", [
+        (two / f"never-finite-{rank}.txt").read_text() for rank in (0, 1)]
+    assert said[0] == said[1] and said[0].startswith("20 steps in a row were not taken")
+    assert len(metrics(run)) == 20 and checkpoint.checkpoints(run) == []
 
 
 def test_one_process_asked_to_stop_stops_all_and_saves(two):
     assert len(metrics(two / "asked")) == 2
-    assert checkpoint.newest(two / "asked") == two / "asked/checkpoint-2"
-
-
-def test_a_process_that_drifts_is_named(two):
-    assert said(two, "drifted").startswith(
-        "process 1 of 2 no longer holds the parameters of process 0; ")
-    assert len(metrics(two / "drifted")) == 2
-    assert checkpoint.checkpoints(two / "drifted") == [two / "drifted/checkpoint-1"]
-
-
-def test_what_the_first_process_refuses_all_refuse(two):
-    assert said(two, "taken") == (f"--out {two / 'two'}: holds another run; continue it with "
-                                  "--resume or choose another folder")
-    assert said(two, "no-run") == f"--resume: no checkpoint in {two / 'nowhere'}"
-    assert not (two / "nowhere").exists()
-    assert said(two, "no-folder").startswith("/dev/null")
+    assert checkpoint.checkpoints(two / "asked") == [two / "asked/checkpoint-2"]
 
 
 def test_a_line_of_json_per_step(two):
@@ -269,41 +239,43 @@ def test_torchrun_passes_a_signal_on_and_every_process_saves(tmp_path):
     started.send_signal(signal.SIGTERM)
     printed, _ = started.communicate(timeout=120)
     last = metrics(run)[-1]["step"]
-    assert f"stopped after step {last}, as a signal asked" in printed and last < 500
-    assert checkpoint.newest(run) == run / f"checkpoint-{last}"
+    assert f"stopped by a signal after step {last}; go on with --resume" in printed and last < 500
+    assert checkpoint.checkpoints(run) == [run / f"checkpoint-{last}"]
 
 
 DIES = f"""import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import common, train
-plain, how = train.collect, sys.argv.pop(1)
+plain, way = train.sample_groups, sys.argv.pop(1)
 
-def collect(step, *rest):
-    if step == 1 and os.environ["RANK"] == "1":
-        if how == "killed":
+def sample_groups(examples, keys, *rest):
+    if keys[0][1] == 1 and os.environ["RANK"] == "1":       # the second step
+        if way == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if way == "refused":
+            raise SystemExit("the server of process 1 is away")
         raise OSError("the disk of machine 1 is gone")
-    return plain(step, *rest)
-train.collect = collect
+    return plain(examples, keys, *rest)
+train.sample_groups = sample_groups
 common.run(train.main)
 """
 
 
-@pytest.mark.parametrize("how, error", [
+@pytest.mark.parametrize("way, error", [
     ("broken", "OSError: the disk of machine 1 is gone"),
-    ("killed", "dies.py: error: lost another process, or the network between them (")])
+    ("refused", "the server of process 1 is away"), ("killed", None)])
 def test_a_process_that_dies_takes_the_job_down_and_nothing_saved_is_lost(
-        monkeypatch, tmp_path, how, error):
+        monkeypatch, tmp_path, way, error):
     (tmp_path / "dies.py").write_text(DIES)
     run = tmp_path / "run"
-    started = torchrun(tmp_path / "dies.py", how, *FLAGS, "--steps", 500, "--out", run)
+    started = torchrun(tmp_path / "dies.py", way, *FLAGS, "--steps", 500, "--out", run)
     _, errors = started.communicate(timeout=120)
     assert started.returncode != 0 and len(metrics(run)) == 1
-    lines = [line for line in errors.splitlines() if "rror: " in line]
-    own = [line for line in lines if not line.startswith("torch.distributed.elastic")]
-    assert len(own) == 1 and own[0].removeprefix("[rank1]: ").startswith(error), errors[-3000:]
+    if error:       # said once, by the process whose error it is
+        assert errors.count(error) == 1, errors[-3000:]
+        assert ("Traceback" in errors.split(error)[0]) == (way == "broken")
 
-    assert checkpoint.newest(run) == run / "checkpoint-1"
+    assert checkpoint.checkpoints(run) == [run / "checkpoint-1"]
     call(monkeypatch, "--steps", 2, "--prompts-per-step", 8, "--resume", "--out", run)
     assert [row["step"] for row in metrics(run)] == [1, 2]
 
@@ -311,54 +283,47 @@ def test_a_process_that_dies_takes_the_job_down_and_nothing_saved_is_lost(
 # ------------------------------------------------------------------------------ the script
 
 class Spoilt:
-    """A reward that gives a value of its own to every picture of process 1, for so many pictures;
-    None: that fails."""
+    """A reward that gives a value of its own to every picture of some processes, for so many
+    pictures of a process."""
 
-    def __init__(self, reward, value, n_pictures):
-        self.reward, self.value, self.left = reward, value, n_pictures
+    def __init__(self, reward, value, ranks, n_pictures):
+        self.reward, self.value, self.ranks, self.left = reward, value, ranks, n_pictures
+        self.spec = reward.spec
 
-    def __call__(self, images, prompts, metadata):
-        scores = self.reward(images, prompts, metadata)
-        self.log = self.reward.log
+    def score(self, images, examples, n=1):
+        scores = self.reward.score(images, examples, n)
         self.left -= len(images)
-        if common.get_rank() != 1 or self.left < 0:
-            return scores
-        if self.value is None:
-            raise InputError("no server at 1")
-        return torch.full_like(scores, self.value)
+        if common.rank() in self.ranks and self.left >= 0:
+            scores["reward"] = torch.full_like(scores["reward"], self.value)
+        return scores
 
 
-def spoil_rewards(value, n_pictures):
-    def make_reward(*args, **kwargs):
-        return Spoilt(PLAIN["make_reward"](*args, **kwargs), value, n_pictures)
-    train.make_reward = make_reward
+def spoil_rewards(*how):
+    train.make_reward = lambda *args, **kwargs: Spoilt(PLAIN["make_reward"](*args, **kwargs), *how)
 
 
-def in_step_2_of_process_1(harm):
-    """Let process 1 harm itself in the middle of a run."""
-    def update(step, batch, args, showo, *rest):
-        numbers = PLAIN["update"](step, batch, args, showo, *rest)
-        if step == 1 and common.get_rank() == 1:
-            harm(showo)
-        return numbers
+def spoil_gradients(step_at):
+    """Let a gradient of process 1 be infinite, in a step, or in all of them (None)."""
+    def update(step, examples, traj, adv, *rest):
+        if common.rank() == 1 and step_at in (step, None):
+            adv = adv * float("inf")
+        return PLAIN["update"](step, examples, traj, adv, *rest)
     train.update = update
 
 
-def ask_to_stop(showo):
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def lose_a_bit(showo):
-    with torch.no_grad():
-        next(showo.parameters())[3, 5] += 1e-6
+def ask_to_stop(step, *rest):
+    numbers = PLAIN["update"](step, *rest)
+    if step == 1 and common.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return numbers
 
 
 def main(out):
     """Go through the scenarios."""
     place = common.setup()
     common.setup = lambda device: place
-    train.make_optimizer = recorded
-    first = common.get_rank() == 0
+    train.load_policy, train.SampleFilter = recorded, early_filter
+    first, nan = common.rank() == 0, float("nan")
 
     def scenario(name, *flags):
         GRADIENTS.clear()
@@ -367,15 +332,9 @@ def main(out):
         if first:
             torch.save(GRADIENTS, out / f"{name}.pt")
 
-    def stopped(name, *flags):
-        with pytest.raises(InputError) as error:
-            scenario(name, *flags)
-        (out / f"{name}-{common.get_rank()}.txt").write_text(str(error.value))
-        if first:
-            torch.save(GRADIENTS, out / f"{name}.pt")
-
     def continued(name, other, *flags):
         """Go on after step 1 of a run, in a copy."""
+        common.barrier()
         if first:
             shutil.copytree(out / name, out / other, ignore=lambda *_: ["checkpoint-2"])
         common.barrier()
@@ -390,26 +349,29 @@ def main(out):
     continued("one", "one-then-two")
     continued("one", "one-then-zero", "--zero")
 
-    stopped("taken", "--out", out / "two")
-    stopped("no-run", "--out", out / "nowhere", "--resume")
-    stopped("no-folder", "--out", "/dev/null")
+    spoil_rewards(0.0, (1,), 1000)      # its groups lie under the bar, as soon as there is one
+    train.SampleFilter = lambda **_: SampleFilter(percentile=50, warmup=6)
+    scenario("filtered", "--save-every", 0)
+    train.SampleFilter = early_filter
 
-    spoil_rewards(0.0, 9 * 16)      # its groups are all under the bar, three times in each step
-    scenario("filtered", "--steps", 5, "--unmask-steps", 8, "--filter-warmup", 1,
-             "--max-resample", 2, "--save-every", 0)
-    spoil_rewards(float("nan"), 3 * 16)
-    scenario("not-finite", "--steps", 5, "--save-every", 0)
-    stopped("never-finite", "--steps", 5, "--max-bad-steps", 2, "--zero")
-    spoil_rewards(None, 16)
-    stopped("no-server", "--steps", 5)
+    spoil_rewards(nan, (1,), 1000)
+    scenario("no-scores-at-1", "--no-filter-low")
+    spoil_rewards(nan, (0, 1), 2 * 16)
+    scenario("no-scores", "--no-filter-low", "--steps", 4)
 
     train.make_reward = PLAIN["make_reward"]
-    continued("never-finite", "finite-again", "--zero")
-    in_step_2_of_process_1(ask_to_stop)
+    spoil_gradients(0)
+    scenario("not-finite")
+    spoil_gradients(None)
+    with pytest.raises(SystemExit) as error:
+        scenario("never-finite", "--steps", 25, "--group-size", 2, "--no-filter-low")
+    (out / f"never-finite-{common.rank()}.txt").write_text(str(error.value))
+
+    train.update = ask_to_stop
     scenario("asked", "--steps", 5, "--save-every", 0)
-    in_step_2_of_process_1(lose_a_bit)
-    stopped("drifted", "--steps", 5)
+    common.barrier()
     dist.destroy_process_group()
+    os._exit(0)
 
 
 if __name__ == "__main__":

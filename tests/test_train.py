@@ -296,7 +296,7 @@ def test_cheaper_updates_have_the_same_gradient(cheap):
         showo, reference = load_showo("shapes"), load_showo("shapes").requires_grad_(False)
         traj, _ = rollouts(showo, 4, seed=0)
         showo.grad_checkpoint = on and cheap == "grad_checkpoint"
-        showo.compute_dtype = torch.bfloat16 if on and cheap == "bf16" else None
+        showo.dtype = torch.bfloat16 if on and cheap == "bf16" else torch.float32
         gradients.append(gradient_of_update(showo, traj, args, reference))
     exact, cheaper = gradients
     tolerance = 1e-5 if cheap == "grad_checkpoint" else 5e-2
