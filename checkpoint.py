@@ -42,7 +42,7 @@ def fetch(path_or_hub_id, *files) -> Path:
                 break
     except (OSError, ValueError) as error:  # what the hub client's errors have in common
         raise SystemExit(f"{path_or_hub_id}: no such file or folder here, and the hub does not give"
-                         f" it ({str(error).splitlines()[0][:120]}); check the name, or where there"
+                         f" it ({str(error).splitlines()[0].split('. ')[0]}); check the name, or where there"
                          f" is a network: hf download {name}") from None
     return path
 

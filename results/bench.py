@@ -89,7 +89,7 @@ def random_prompt(showo, length=20):
     generator = torch.Generator().manual_seed(1)
     ids[:, -length:] = torch.randint(showo.text_vocab, (1, length), generator=generator)
     ids = ids.to(showo.device)
-    return Prompt(ids, ids != showo.pad, torch.zeros(1, dtype=torch.long, device=showo.device))
+    return Prompt(ids, torch.zeros(1, dtype=torch.long, device=showo.device))
 
 
 def random_trajectory(showo, G, T):
@@ -464,7 +464,7 @@ def write_zeros(size, folder):
     with open(folder / "pytorch_model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    write_json(folder / "config.json", showo.config)
+    write_json(folder / "config.json", {"_class_name": "Showo", **showo.config})
     write_json(folder / "phi_config.json", SIZES[size][0])
 
 

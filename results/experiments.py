@@ -147,8 +147,7 @@ def train(flags, seed, folder):
         return False
     with (folder / "rows.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{flags}, seed {seed}: {row['eval'][-1]['overall']:.3f} ({row['s_step']:.1f} s a step)",
-          flush=True)
+    print(f"{flags}, seed {seed}: {row['eval'][-1]['overall']:.3f}", flush=True)
     return True
 
 
@@ -242,7 +241,7 @@ def ceiling_table(found):
                           for what in ("share right", "best of 64", "worst prompt"))]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for tag, row in found.items():
-        cells = (f"{row[rule][key]:.3f}" for rule in ("overall", "exact") for key in row[rule])
+        cells = (f"{row[rule][key]:.3f}" for rule in ("official", "exact") for key in row[rule])
         lines.append(f"| {tag.replace('_', ' ')} | {' | '.join(cells)} |")
     return lines
 
@@ -250,7 +249,7 @@ def ceiling_table(found):
 def plot_ceiling(found, path):
     """Draw, per family, the share of right pictures, that of the worst prompt, and best of n."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, rule in zip(figure.subplots(1, 2, sharey=True), ("overall", "exact"), strict=True):
+    for axes, rule in zip(figure.subplots(1, 2, sharey=True), ("official", "exact"), strict=True):
         names = [tag.replace("_", " ") for tag in found]
         for key, label, mark in (("best", "best of 64", "_"), ("share", "share right", "o"),
                                  ("least", "worst prompt", "v")):
@@ -404,7 +403,7 @@ def ceiling(args, n=64):
     judged = verdicts([line for line in lines for _ in range(n)], shapes.detect(images))
     for tag in FAMILIES:
         mine, found[tag] = [i for i, line in enumerate(lines) if line["tag"] == tag], {}
-        for rule in ("overall", "exact"):
+        for rule in ("official", "exact"):
             right = judged[rule].view(-1, n)[mine]
             found[tag][rule] = {"share": round(right.mean().item(), 4),
                                 "best": round(right.amax(1).mean().item(), 4),

@@ -143,13 +143,12 @@ def measure(size) -> dict:
               "codebook_size": K, "num_vq_tokens": N}
     Memory.answers[torch.long] = N
     with FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory:
-        magvit = MAGVITv2({"encoder": vq, "decoder": vq}).eval().requires_grad_(False)
-        magvit.encoder = None       # load_models leaves it on the CPU
-        others = {"MAGVIT decoder": sum(x.nbytes for x in magvit.state_dict().values()),
+        magvit = MAGVITv2(vq and {"encoder": vq, "decoder": vq}).eval().requires_grad_(False)
+        others = {"MAGVIT-v2": sum(x.nbytes for x in magvit.state_dict().values()),
                   "reward": n_reward}
         decode = memory.peak_of(magvit.decode, torch.zeros(1, N, dtype=torch.long))
         ids = torch.zeros(1, TEXT, dtype=torch.long)
-        prompt = Prompt(ids, ids == 0, ids[0, :1])
+        prompt = Prompt(ids, ids[0, :1])
         for rank in (0, RANK):
             showo, reference = policy_and_reference(config, phi, rank)
             fixed = what_stays(showo, reference, prompt, n_masked) | others

@@ -9,6 +9,7 @@ The models have random weights, and lie in a hub cache under the real names and 
 Sizes that are no part of a folder (HPSv2's, ImageReward's, the colour CLIP's) are set to tiny ones
 while a command runs. What is drawn and scored is noise; that all of it runs is the point.
 """
+import argparse
 import contextlib
 import importlib
 import json
@@ -37,7 +38,7 @@ import reward  # noqa: E402
 CLIP = reward.CLIP_DEFAULT
 SMALL = {
     "train.py": "--steps 2 --group-size 2 --prompts-per-step 2 --unmask-steps 3 --save-every 1 "
-                "--eval-unmask-steps 2 --sample-every 2",
+                "--eval-unmask-steps 2 --eval-every 2",
     "sample.py": "--steps 2",
     "eval_geneval.py": "--images-per-prompt 1 --steps 2 --prompts eval.jsonl",
     "reward.py": "",
@@ -196,7 +197,7 @@ def shrink(words, out):
     """Return a command with small numbers, its new results in the folder out."""
     script, *flags = words
     flags = [flag.replace("checkpoint-1000", "checkpoint-2") for flag in flags]
-    if common.get_world() == 1:
+    if common.world() == 1:
         flags = [flag for flag in flags if flag != "--zero"]
     if "--gpu" in flags:
         del flags[flags.index("--gpu"):flags.index("--gpu") + 2]
@@ -228,7 +229,7 @@ def rehearse(n=None):
     from its first step.
 
     Yields the words of each command and the folder of its run, whenever one has ended."""
-    first = common.get_rank() == 0
+    first = common.rank() == 0
     for number, words in enumerate(commands()[:n]):
         out = Path("runs") / ("NAME" if number == 0 else f"run-{number}")
         words = shrink(words, out)
@@ -238,33 +239,39 @@ def rehearse(n=None):
             run(words)
         yield words, out
         if words[0] == "train.py":
-            common.on_rank_0(shutil.rmtree, out / "checkpoint-2")
+            common.barrier()
+            if first:
+                shutil.rmtree(out / "checkpoint-2")
+            common.barrier()
             run([*words, "--resume"])
             yield [*words, "--resume"], out
         common.barrier()
 
 
 def main():
-    p = common.Parser("Rehearse the README's commands for Show-o with tiny models.")
+    p = argparse.ArgumentParser(description="Rehearse the README's commands for Show-o with tiny "
+                                "models.")
     p.add_argument("--hub", metavar="DIR", help="only write the tiny models, as a hub cache")
-    p.add_argument("--first", type=common.in_range(int, 1), help="only the first commands")
+    p.add_argument("--first", type=int, help="only the first commands")
     p.add_argument("--device", help="cpu, cuda ... (default: cuda where there is one)")
     args = p.parse_args()
     if args.hub:
         make_hub(Path(args.hub))
         return
-    place = common.setup(args.device)
-    folder = tempfile.mkdtemp(prefix="rehearsal-") if common.get_rank() == 0 else None
-    folder = Path(common.on_rank_0(lambda: folder))
-    common.on_rank_0(make_hub, folder)
-    common.on_rank_0(make_work, folder)
-    if common.get_rank():
+    place = rank, _, _ = common.setup(args.device)
+    folder = common.all_lists([tempfile.mkdtemp(prefix="rehearsal-")] if rank == 0 else [])[0]
+    folder = Path(folder)
+    if rank == 0:
+        make_hub(folder)
+        make_work(folder)
+    common.barrier()
+    if rank > 0:
         import open_clip
         open_clip.add_model_config(next((folder / "hub").rglob("rehearsed.json")))
     os.chdir(folder)
     with rehearsing(folder), mock.patch.object(common, "setup", lambda device: place):
         n = sum(1 for _ in rehearse(args.first))
-    print(f"process {common.get_rank()}: {n} runs, all of them ended well, in {folder}")
+    print(f"process {rank}: {n} runs, all of them ended well, in {folder}")
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ import reward
 import sample
 import shapes
 import train
-from model import PHI_1_5, load_magvit, load_models, load_showo
-from sample import transition_log_prob
+from model import PHI_1_5, load_magvit, load_showo
+from sample import Trajectory, transition_log_prob
 
 # of fewer pictures, or with a reward of 0 or 1, all advantages can be 0
 FLAGS = ("--model shapes --reward geneval:partial --filter-low --steps 2 --prompts-per-step 3 "
-         "--group-size 8 --unmask-steps 4 --loss-steps 2 --micro-batch 24 --filter-warmup 2 "
-         "--eval-every 0 --eval-n 1 --eval-unmask-steps 2 --sample-every 0 --save-every 1").split()
+         "--group-size 8 --unmask-steps 4 --loss-steps 2 --micro-batch 24 --no-compile "
+         "--eval-every 0 --eval-n 1 --eval-unmask-steps 2 --save-every 1").split()
 
 
 PRETEND = ROOT / "tests/pretend_gpu.py"
@@ -49,9 +49,8 @@ def one(tmp_path_factory):
     """The folder that the script leaves, in one process."""
     out = tmp_path_factory.mktemp("one")
     started = start(PRETEND, __file__, out)
-    printed, errors = started.communicate(timeout=400)
+    _, errors = started.communicate(timeout=400)
     assert started.returncode == 0, errors[-3000:]
-    (out / "printed.txt").write_text(printed)
     return out
 
 
@@ -77,11 +76,10 @@ def test_training_runs_on_a_gpu(one):
     """With a KL, Eq. 14, two epochs and checkpointing; then resumed."""
     rows = metrics(one / "kl")
     assert len(rows) == 2 and rows == metrics(one / "kl-again")
-    assert all(row["skipped"] == 0 and row["grad_norm"] > 0 for row in rows)
+    assert all(row["taken"] == 1 and row["grad_norm"] > 0 for row in rows)
     ours, again = (load_file(one / run / "checkpoint-2/pytorch_model.safetensors")
                    for run in ("kl", "kl-again"))
     assert all(torch.equal(again[name], weight) for name, weight in ours.items())
-    assert "computing in torch.bfloat16" in (one / "printed.txt").read_text()
 
 
 @pytest.mark.parametrize("run", ["plain", "lora"])
@@ -99,12 +97,11 @@ def test_the_host_does_not_wait_inside_the_loops_over_t(one):
         assert waits[run]["inside"] == {} and waits[run]["outside"] > 10
 
 
-def test_lean_gradients_are_those_of_plain_layers_to_the_rounding_of_bf16(one):
-    """Without the savings of _cast_once, _mlp and _again_in_half logits are the same bits, and
-    gradients differ by less than they do from float32's."""
-    for far in found(one, "gradients"):
-        assert far["logits"] == 0 and 0 < far["lean to plain"] < far["plain to float32"] < 5e-3
-        assert far["lean to float32"] < 1.2 * far["plain to float32"]
+def test_bf16_gradients_are_near_those_of_float32_with_and_without_checkpointing(one):
+    plain, checkpointed = found(one, "gradients")
+    assert 0 < plain["to float32"] < 2e-2 and checkpointed["logits"] == plain["logits"] > 0
+    # weights cast inside of blocks have gradients that are rounded later
+    assert 0 < checkpointed["to float32"] < 2e-2
 
 
 def test_attention_takes_what_the_fast_kernels_take(one):
@@ -114,7 +111,7 @@ def test_attention_takes_what_the_fast_kernels_take(one):
     assert calls["image"] and calls["unequal"]
     assert PHI_1_5["hidden_size"] // PHI_1_5["num_attention_heads"] == 64
     for call in [*calls["image"], *calls["unequal"]]:
-        assert call["dtypes"] == ["torch.bfloat16"] * 3 and call["dropout"] == 0
+        assert call["dtypes"] == ["torch.bfloat16"] * 3
         assert call["head_dim"] % 8 == 0 and call["head_dim"] <= 256 and call["last_stride"] == 1
     assert all(call["mask"] is None for call in calls["image"])
     for call in calls["unequal"]:
@@ -130,9 +127,6 @@ def test_the_decoder_keeps_one_layout(one):
     magvit = load_magvit(ROOT / "shapes/magvitv2")
     assert layouts(magvit, torch.channels_last) == ["post_quant_conv"]      # the first one
 
-
-def test_the_encoder_that_nobody_uses_is_not_on_the_gpu(one):
-    assert found(one, "on_gpu") == {"encoder": False, "decoder": True, "quantize": True}
 
 
 # ------------------------------------------------------------------------------ the other scripts
@@ -157,15 +151,6 @@ def test_bench(one):
     assert found(one, "memory")["update_peak_gb"].keys() == {"ours"}
 
 
-def test_the_check_for_a_card_runs_whole(one):
-    numbers = found(one, "gpu_check")
-    assert len(numbers["holds"]) == 9 and all(numbers["holds"].values())
-    assert numbers["seconds"].keys() == {"load_policy", "save_checkpoint", "rollout", "decode",
-                                         "reward", "update"}
-    assert all(seconds > 0 for seconds in numbers["seconds"].values())
-    assert all(0 < share for share in numbers["share_of_matmul_rate"].values())
-    assert len(numbers["memory_gb"]) == 3
-
 
 # ------------------------------------------------------------------------------ two processes, bugs
 
@@ -184,10 +169,10 @@ def test_two_processes_by_nccls_rules(two):
 def test_a_dropped_move_to_the_gpu_is_caught(tmp_path):
     for name in (*(path.name for path in ROOT.glob("*.py")), "shapes", "prompts"):
         (tmp_path / name).symlink_to(ROOT / name)
-    text, move = (ROOT / "model.py").read_text(), "        ids = ids.to(self.device)\n"
+    text, move = (ROOT / "model.py").read_text(), "Prompt(ids.to(self.device), "
     assert text.count(move) == 1
     (tmp_path / "model.py").unlink()
-    (tmp_path / "model.py").write_text(text.replace(move, ""))
+    (tmp_path / "model.py").write_text(text.replace(move, "Prompt(ids, "))
     started = start(PRETEND, tmp_path / "train.py", *FLAGS, "--out", tmp_path / "run")
     _, errors = started.communicate(timeout=120)
     assert started.returncode != 0
@@ -253,71 +238,52 @@ def attention_calls():
     a rollout's of prompts of unequal length."""
     plain, calls = torch.nn.functional.scaled_dot_product_attention, []
 
-    def seen(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
-        mask = attn_mask
+    def seen(query, key, value, mask=None):
+        about = mask
         if mask is not None:
             storage = mask.untyped_storage().nbytes() // mask.element_size()
-            mask = [str(mask.dtype), mask.stride(), storage, len(mask)]
-        calls.append({"dtypes": [autocast_type(x) for x in (query, key, value)], "mask": mask,
-                      "dropout": dropout_p, "head_dim": query.shape[-1],
-                      "last_stride": query.stride(-1)})
-        return plain(query, key, value, attn_mask, dropout_p, is_causal, **_)
-
-    def autocast_type(x):
-        """Return the type that autocast makes of a floating-point argument."""
-        return str(torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else x.dtype)
+            about = [str(mask.dtype), mask.stride(), storage, len(mask)]
+        calls.append({"dtypes": [str(x.dtype) for x in (query, key, value)], "mask": about,
+                      "head_dim": query.shape[-1], "last_stride": query.stride(-1)})
+        return plain(query, key, value, mask)
     showo = load_showo(ROOT / "shapes", device="cuda")
     showo.compute_in(torch.bfloat16)
     torch.nn.functional.scaled_dot_product_attention = seen
     codes = torch.full((2, showo.N), showo.K, device="cuda")
     texts = ["a photo of a red circle", "a photo of two stars and a blue moon"]
     with showo.shared_text(showo.encode(texts[:1]).repeat(2)) as text:
+        calls.clear()           # the text's own pass
         showo.logits(codes, text)
-    image, calls = calls, []
+    image = list(calls)
     policy = showo.policy(showo.encode(texts))
-    calls.clear()               # the text's own pass
+    calls.clear()
     policy(codes)
     torch.nn.functional.scaled_dot_product_attention = plain
     return {"image": image, "unequal": calls}
 
 
-def make_plain(showo):
-    """Undo what model.py does for memory."""
-    for layer in showo.showo.model.layers:
-        layer.input_layernorm._forward_hooks.clear()
-        for module in (layer.mlp, layer.self_attn.q_layernorm, layer.self_attn.k_layernorm):
-            del module.forward
-    return showo
-
-
 def distances_of_gradients(checkpointing):
-    """Return relative distances of logits and gradients: with the savings, without, in float32."""
-    outcomes = {}
-    for name, dtype in (("lean", torch.bfloat16), ("plain", torch.bfloat16), ("float32", None)):
+    """Return relative distances of logits and gradients in bf16 from those in float32."""
+    outcomes = []
+    for dtype in (torch.bfloat16, torch.float32):
         showo = load_showo(ROOT / "shapes", device="cuda")
         showo.compute_in(dtype)
-        showo.grad_checkpoint = checkpointing and name == "lean"
-        showo = showo if name == "lean" else make_plain(showo)
+        showo.grad_checkpoint = checkpointing and dtype == torch.bfloat16
         g = torch.Generator("cuda").manual_seed(0)
-        target = torch.randint(showo.K, (8, showo.N), generator=g, device="cuda")
+        codes = torch.randint(showo.K, (8, showo.N), generator=g, device="cuda")
         order = torch.arange(showo.N, device="cuda").expand(8, -1) % 4
+        traj = Trajectory(codes, order, None, showo.K)
         prompt = showo.encode(["a photo of a red circle", "a photo of two stars"]).repeat(4)
         with showo.shared_text(prompt) as text:
             for t in range(4):
-                codes = torch.where(order < t, target, showo.K)
-                logits = showo.logits(codes, text)
-                logp = transition_log_prob(logits, target, order, t, "p2")
-                with torch.autocast("cuda", enabled=False):
-                    (logp * torch.arange(-4.0, 4, device="cuda")).sum().backward()
+                logits = showo.logits(traj.state(t), text)
+                logp = transition_log_prob(logits, traj, t, "p2")
+                (logp * torch.arange(-4.0, 4, device="cuda")).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in showo.parameters()])
-        outcomes[name] = logits.detach(), gradient
-
-    def far(a, b, what=1):
-        a, b = outcomes[a][what], outcomes[b][what]
-        return ((a - b).norm() / b.norm()).item()
-    return {"logits": far("lean", "plain", 0), "lean to plain": far("lean", "plain"),
-            "lean to float32": far("lean", "float32"),
-            "plain to float32": far("plain", "float32")}
+        outcomes.append((logits.detach(), gradient))
+    (logits, gradient), (exact_logits, exact) = outcomes
+    return {"logits": ((logits - exact_logits).norm() / exact_logits.norm()).item(),
+            "to float32": ((gradient - exact).norm() / exact.norm()).item()}
 
 
 def scores():
@@ -335,7 +301,7 @@ def scores():
             for device in ("cuda", "cpu"):
                 judge = reward.make_reward(spec, device=device)
                 values = judge(images.to(device), prompts, examples)
-                found[name].append(judge.log.get("objects", values).tolist())
+                found[name].append(values.tolist())
     return found
 
 
@@ -348,7 +314,7 @@ def call(main, *command):
 def few_prompts(out):
     """Write a ninth of the held-out prompts; return the flag that takes them."""
     path = out / "few.jsonl"
-    if common.get_rank() == 0:
+    if common.rank() == 0:
         path.write_text("".join(json.dumps(x) + "\n" for x in shapes.prompts("eval")[::9]))
     common.barrier()
     return ["--eval-prompts", path]
@@ -356,7 +322,7 @@ def few_prompts(out):
 
 def drop_last(run, other):
     """Copy a run without its second checkpoint."""
-    if common.get_rank() == 0:
+    if common.rank() == 0:
         shutil.copytree(run, other, ignore=lambda *_: ["checkpoint-2"])
     common.barrier()
     return other
@@ -367,7 +333,6 @@ def main_of_one(out):
     import pretend_gpu
     sys.path.insert(0, str(ROOT / "results"))
     import bench
-    import gpu_check
     waits = {"planted in rollout": planted_wait()}
 
     def training(name, *flags, run=None):
@@ -375,7 +340,7 @@ def main_of_one(out):
         call(train.main, "train.py", *FLAGS, "--out", run or out / name, *flags)
         waits[name] = waits_since(before)
     kl = ("--kl", "--transition", "p1", "--ratio", "mean", "--lr", 1e-5, "--inner-epochs", 2,
-          "--grad-checkpoint", "--eval-every", 2, "--sample-every", 2, *few_prompts(out))
+          "--grad-checkpoint", "--eval-every", 2, *few_prompts(out))
     training("kl", *kl)
     training("again", *kl, "--resume", run=drop_last(out / "kl", out / "kl-again"))
     training("plain", "--steps", 1, "--kl")
@@ -383,8 +348,8 @@ def main_of_one(out):
     training("float32", "--steps", 1, "--no-kl", "--dtype", "fp32", "--transition", "ar")
 
     call(sample.main, "sample.py", "--model", "shapes", "--prompt", "a photo of a red circle",
-         "--prompt", "a photo of two stars", "--n", 2, "--cfg", 1, "--steps", 3, "--out",
-         out / "pictures")
+         "--prompt", "a photo of two stars", "--n", 2, "--cfg", 1, "--steps", 3,
+         "--no-compile", "--out", out / "pictures")
     home, work = out / "home", out / "work"
     work.mkdir()
     rehearsal.make_hub(home)
@@ -392,16 +357,13 @@ def main_of_one(out):
     with rehearsal.rehearsing(home):
         found = {"rewards": scores()}
         call(eval_geneval.main, "eval_geneval.py", "--steps", 2, "--n", 1, "--prompts",
-             work / "eval.jsonl", "--out", out / "geneval")
+             work / "eval.jsonl", "--no-compile", "--out", out / "geneval")
     bench.in_own_process = lambda function, *args: function(*args)
     tiny = ("--size", "shapes", "--repeat", 1, "--device", "cuda")
     for what, *more in (("speed",), ("ladder",), ("memory", "--who", "ours")):
         call(bench.main, "bench.py", what, *tiny, *more, "--json", out / f"{what}.json")
-    call(gpu_check.main, "gpu_check.py", "--size", "tiny", "--json", out / "gpu_check.json")
 
-    _, magvit = load_models("shapes", device="cuda")
-    found["on_gpu"] = {name: all(x.is_cuda for x in part.state_dict().values())
-                       for name, part in magvit.named_children()}
+    magvit = load_magvit("shapes/magvitv2", device="cuda")
     found |= {"waits": waits, "attention": attention_calls(), "layouts": layouts(magvit),
               "gradients": [distances_of_gradients(on) for on in (False, True)]}
     for name, value in found.items():
@@ -419,8 +381,8 @@ def main_of_two(out):
     again = drop_last(out / "zero", out / "zero-again")
     call(train.main, *flags, "--out", again, "--zero", "--resume")
     call(sample.main, "sample.py", "--model", "shapes", "--prompt", "a photo of a red circle",
-         "--prompt", "a photo of two stars", "--prompt", "a photo of a cat", "--steps", 2, "--out",
-         out / "pictures")
+         "--prompt", "a photo of two stars", "--prompt", "a photo of a cat", "--steps", 2,
+         "--no-compile", "--out", out / "pictures")
     torch.distributed.destroy_process_group()
 
 

@@ -2,7 +2,6 @@
 import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ sys.path += [str(ROOT / folder) for folder in ("results", "shapes", "prompts")]
 import experiments  # noqa: E402
 import make_prompts  # noqa: E402
 
-EXPERIMENTS = ROOT / "results/experiments"
 TINY = ("steps=1 prompts_per_step=1 group_size=2 unmask_steps=2 eval_every=1 eval_n=1 "
         "eval_unmask_steps=2").split()
 
@@ -101,15 +99,6 @@ def test_bench_load(call, tmp_path):
 
 # ------------------------------------------------------------------------------- experiments.py
 
-def test_the_report_is_the_one_that_is_there(call, tmp_path):
-    for path in (*EXPERIMENTS.glob("*.json"), *EXPERIMENTS.glob("*.jsonl")):
-        shutil.copy(path, tmp_path)
-    call("experiments", "report", "--folder", tmp_path)
-    assert (tmp_path / "README.md").read_text() == (EXPERIMENTS / "README.md").read_text()
-    pictures = {path.name for path in EXPERIMENTS.glob("*.png")}
-    assert {path.name for path in tmp_path.glob("*.png")} == pictures
-
-
 def test_an_experiment_runs_what_has_no_row_yet(call, tmp_path):
     """Of "kl", the arm without a KL is there."""
     tiny = dict(pair.split("=") for pair in TINY)
@@ -122,7 +111,20 @@ def test_an_experiment_runs_what_has_no_row_yet(call, tmp_path):
     assert "--no-kl" in without and row["flags"] == with_kl and "--no-kl" not in with_kl
     assert with_kl.startswith("--model shapes --reward clip:shapes/clip ")
     assert row["seed"] == 1 and [line["step"] for line in row["eval"]] == [0, 1]
-    assert row["s_step"] > 0 and row["ratio_max"] == 1
+    assert row["s_update"] > 0 and row["ratio_max"] == 1 and row["taken"] == 1
+
+
+def test_a_report_has_the_tables_of_what_was_run(call, tmp_path):
+    rows = [{"flags": experiments.flags_of(arm), "seed": seed, "eval": [
+                {"step": step, "overall": 0.5 + seed / 100, "geneval:exact": 0.25,
+                 "clip:shapes/clip": 16.0, **dict.fromkeys(experiments.FAMILIES, 0.5)}
+                for step in (0, 20)], **dict.fromkeys(experiments.MEANS, 1.0)}
+            for arm in experiments.EXPERIMENTS["kl"].values() for seed in (3, 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call("experiments", "report", "--folder", tmp_path)
+    assert "| beta 0.01 | 0.535 ± 0.064 | +0.000 ± 0.000 | 0.25 | 16 | 1 | 1 | 2 |" in (
+        tmp_path / "README.md").read_text()
+    assert Image.open(tmp_path / "kl.png").size[0] == 780
 
 
 def test_intervals_and_leads_are_those_of_a_known_table():
@@ -146,41 +148,16 @@ def test_the_look_and_the_ceiling_are_written(tmp_path):
     assert all(row["gradient_new"] > 0 > row["log_new"] for row in rows)
     experiments.ceiling(args, n=2)
     for row in json.loads((tmp_path / "ceiling.json").read_text()).values():
-        for rule in ("overall", "exact"):
+        for rule in ("official", "exact"):
             assert 0 <= row[rule]["least"] <= row[rule]["share"] <= row[rule]["best"] <= 1
-        assert row["exact"]["share"] <= row["overall"]["share"]
+        assert row["exact"]["share"] <= row["official"]["share"]
 
 
-@pytest.mark.parametrize("flags, said", [
-    (("--set", "steps"), "--set steps: must be NAME=VALUE"),
-    (("--jobs", 0), "--jobs: 0 is out of range"),
-    ((), "absent: no such folder")])
-def test_bad_flags_of_the_experiments_are_one_line(flags, said, monkeypatch, capsys, tmp_path):
-    command = ["experiments.py", "report", "--folder", tmp_path / "absent", *flags]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-    with pytest.raises(SystemExit) as end:
-        experiments.main()
-    errors = capsys.readouterr().err
-    assert end.value.code == 2 and errors.count("\n") == 1 and said in errors
-
-
-def test_rows_are_of_arms_and_train_takes_their_flags(monkeypatch):
-    wanted = {(experiments.flags_of(arm), seed) for name, arms in experiments.EXPERIMENTS.items()
-              for arm in arms.values() for seed in experiments.seeds_of(name)}
-    assert experiments.runs_in(EXPERIMENTS).keys() <= wanted
-    for line in {line for line, _ in wanted}:
-        monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
-        train.parse_args()
-
-
-def test_the_rates_are_those_of_the_best_mean_score():
-    arms = experiments.found_arms("rates", experiments.runs_in(EXPERIMENTS))
-    means = {name: experiments.interval(experiments.last_scores(rows))[0]
-             for name, rows in arms.items()}
-    assert all(len(rows) == 2 for rows in arms.values()) and len(arms) == 9
-    for kind, rate in experiments.BEST.items():
-        mine = {name: mean for name, mean in means.items() if name.startswith(f"{kind}, ")}
-        assert max(mine, key=mine.get) == f"{kind}, lr {rate}"
+def test_train_takes_the_flags_of_every_arm(monkeypatch):
+    for arms in experiments.EXPERIMENTS.values():
+        for arm in arms.values():
+            monkeypatch.setattr(sys, "argv", ["train.py", *experiments.flags_of(arm).split()])
+            train.parse_args()
 
 
 # ------------------------------------------------------------------------------------- the rest
@@ -189,14 +166,6 @@ def test_curves(call, tmp_path):
     call("curves", "--out", tmp_path / "curves.png")
     size = Image.open(tmp_path / "curves.png").size
     assert size == Image.open(ROOT / "results/curves.png").size
-
-
-def test_soak(call, tmp_path):
-    call("soak", "--steps", 3, "--every", 1, "--after", 0, "--json", tmp_path / "soak.json")
-    found = json.loads((tmp_path / "soak.json").read_text())
-    assert found["steps"] == 3 and found["rows"]
-    assert all(len(row) == 5 and row[1] > 100 and row[2] > 2 for row in found["rows"])
-    assert len(found["growth_after_0"]) == len(found["files_after_0"]) == 2
 
 
 def test_the_prompt_files_are_what_their_generator_makes(call, tmp_path):
@@ -222,6 +191,6 @@ def test_pretraining_writes_a_base_that_loads(call, tmp_path):
     run = tmp_path / "run"
     call("train", "--model", tmp_path, "--vq", tmp_path / "magvitv2", "--no-kl", "--steps", 1,
          "--reward", f"clip:{tmp_path / 'clip'}", "--prompts-per-step", 2, "--group-size", 2,
-         "--unmask-steps", 2, "--eval-every", 0, "--sample-every", 0, "--out", run)
+         "--unmask-steps", 2, "--eval-every", 0, "--out", run)
     row, = read_rows(run / "metrics.jsonl")
-    assert row["ratio_mean"] == 1 and row["skipped"] == 0 and row["grad_norm"] > 0
+    assert row["ratio_mean"] == 1 and row["taken"] == 1 and row["grad_norm"] > 0
