@@ -41,9 +41,10 @@ def fetch(path_or_hub_id, *files) -> Path:
             if files or any(path.glob("*model*.safetensors")):
                 break
     except (OSError, ValueError) as error:  # what the hub client's errors have in common
+        why = str(error).splitlines()[0].split(". ")[0]
         raise SystemExit(f"{path_or_hub_id}: no such file or folder here, and the hub does not give"
-                         f" it ({str(error).splitlines()[0].split('. ')[0]}); check the name, or where there"
-                         f" is a network: hf download {name}") from None
+                         f" it ({why}); check the name, or where there is a network: hf download "
+                         f"{name}") from None
     return path
 
 

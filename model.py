@@ -81,12 +81,14 @@ def block(x, w, text, rotary, mask, at, heads, half):
     by side on one layer norm. Return Float32 (B, n, C), or (B, M, C).
 
     x Float32 (B, n, C): the residual stream. w: {name: (weight, bias, ...)}. text: keys and values
-    (B, heads, n_text, d) that stand before those of x, or None. rotary: cos and sin, (n, r) each.
-    mask: of attention, (B, 1, 1 or n, n_text + n), or None. at Long (B, M): the positions
-    that are wanted, or None. half: the type of products. Norms and sums are float32.
+    (B, heads, n_text, d) that stand before those of x; None: x is the text, whose keys and values
+    are returned, too. rotary: cos and sin, (n, r) each. mask: of attention, (B, 1, 1 or n,
+    n_text + n), or None. at Long (B, M): the positions that are wanted, or None. half: the type of
+    products. Norms and sums are float32.
     Source: transformers' PhiDecoderLayer with qk_layernorm, which Show-o forces."""
     h = norm(x, w["input_layernorm"]).to(half)                                      # (B, n, C)
-    keys, values = keys_and_values(h, w, rotary, heads)                     # (B, heads, n, d)
+    keys = norm(split(linear(h, *w["k_proj"]), heads), w["k_layernorm"])    # (B, heads, n, d)
+    keys, values = turn(keys, *rotary).to(half), split(linear(h, *w["v_proj"]), heads)
     if text is not None:
         keys, values = torch.cat([text[0], keys], 2), torch.cat([text[1], values], 2)
     if at is not None:
@@ -100,13 +102,8 @@ def block(x, w, text, rotary, mask, at, heads, half):
     attended = F.scaled_dot_product_attention(queries, keys, values, mask)
     attended = linear(attended.transpose(1, 2).flatten(2), *w["dense"])
     inner = F.gelu(linear(h, *w["fc1"]), approximate="tanh")
-    return x + attended + linear(inner, *w["fc2"])
-
-
-def keys_and_values(h, w, rotary, heads):
-    """Return keys and values (B, heads, n, d) of normalised h (B, n, C)."""
-    keys = norm(split(linear(h, *w["k_proj"]), heads), w["k_layernorm"])
-    return turn(keys, *rotary).to(h.dtype), split(linear(h, *w["v_proj"]), heads)
+    x = x + attended + linear(inner, *w["fc2"])
+    return x if text is not None else (x, keys, values)
 
 
 def norm(x, w):
@@ -228,13 +225,12 @@ class Showo(nn.Module):
         phi, head, n = self.showo.model, self.showo.lm_head, ids.shape[1]
         i = torch.arange(n, device=ids.device)
         sees = (i[:, None] >= i) & real[:, None] | (i[:, None] == i)                # (P, n, n)
-        rotary, heads = self._rotary(0, n), self.phi["num_attention_heads"]
-        x, layers = F.embedding(ids, phi["embed_tokens"].weight).float(), []
+        rotary, layers = self._rotary(0, n), []
+        x = F.embedding(ids, phi["embed_tokens"].weight).float()
         weights = [self._weights(layer) for layer in phi["layers"]]
         for w in weights:
-            h = norm(x, w["input_layernorm"]).to(self.dtype)
-            layers.append(keys_and_values(h, w, rotary, heads))
-            x = block(x, w, None, rotary, sees[:, None], None, heads, self.dtype)
+            x, *keys_and_values = self._run(x, w, None, rotary, sees[:, None], None)
+            layers.append(keys_and_values)
 
         embed, codes = phi["embed_tokens"].weight, slice(self.code_offset, -1)
         embed = torch.cat([embed[self.code_offset:], embed[self.soi:self.eoi + 1]])
@@ -328,7 +324,7 @@ class Showo(nn.Module):
         """Do block(). Compiled, one graph serves all layers, numbers of rows and of positions, and
         lengths of text; a size of 1 would have a graph of its own, and is not compiled."""
         args = (x, w, before, rotary, mask, at, self.phi["num_attention_heads"], self.dtype)
-        if self.compiled and 1 not in (len(x), at.shape[1] if at is not None else 0):
+        if self.compiled and before and 1 not in (len(x), at.shape[1] if at is not None else 0):
             for tensor, dims in ((x, [0]), (mask, [0, 3]), (at, [0, 1]),
                                  *((kv, [0, 2]) for kv in before)):
                 if tensor is not None:

@@ -3,7 +3,7 @@
     python results/curves.py
 
 shapes-p2-seedSEED.jsonl is the eval.jsonl of
-`python train.py --model shapes --recipe best --reward clip:shapes/clip --seed SEED`.
+`python train.py --model shapes --no-kl --filter-low --ratio mean --seed SEED`.
 """
 import argparse
 import json

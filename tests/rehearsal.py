@@ -11,6 +11,7 @@ while a command runs. What is drawn and scored is noise; that all of it runs is 
 """
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -215,6 +216,7 @@ def shrink(words, out):
 
 def run(words):
     """Run a script's main() in this process, in the working folder."""
+    gc.collect()        # of a run before: its lock goes with it
     with mock.patch.object(sys, "argv", words):
         if words[0] == "fidelity":
             save_random_inception("inception.pth")
