@@ -48,7 +48,7 @@ PHI_1_5 = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
                num_attention_heads=32, max_position_embeddings=2048, hidden_act="gelu_new",
                layer_norm_eps=1e-5, rope_theta=10000.0, partial_rotary_factor=0.5,
                initializer_range=0.02, qk_layernorm=True, tie_word_embeddings=False)
-BUDGET = {False: 0.7, True: 0.1}    # the share of activations kept, by grad_checkpoint, if compiled
+BUDGET = {False: 0.5, True: 0.1}    # the share of activations kept, by grad_checkpoint, if compiled
 
 
 # ------------------------------------------------------------------------------ Phi

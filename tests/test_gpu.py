@@ -152,6 +152,14 @@ def test_bench(one):
 
 
 
+def test_the_check_for_a_card_runs_whole(one):
+    found_there = found(one, "gpu_check")
+    assert len(found_there["holds"]) == 8 and all(found_there["holds"].values())
+    for part in ("rollout", "p2", "p1", "p2 --grad-checkpoint", "a step of 2 x 6"):
+        assert all(value > 0 for name, value in found_there[part].items()
+                   if name.startswith(("seconds", "share", "ratio", "update"))), part
+
+
 # ------------------------------------------------------------------------------ two processes, bugs
 
 def test_two_processes_by_nccls_rules(two):
@@ -333,6 +341,7 @@ def main_of_one(out):
     import pretend_gpu
     sys.path.insert(0, str(ROOT / "results"))
     import bench
+    import gpu_check
     waits = {"planted in rollout": planted_wait()}
 
     def training(name, *flags, run=None):
@@ -362,6 +371,8 @@ def main_of_one(out):
     tiny = ("--size", "shapes", "--repeat", 1, "--device", "cuda")
     for what, *more in (("speed",), ("ladder",), ("memory", "--who", "ours")):
         call(bench.main, "bench.py", what, *tiny, *more, "--json", out / f"{what}.json")
+    call(gpu_check.main, "gpu_check.py", "--size", "tiny", "--no-compile", "--json",
+         out / "gpu_check.json")
 
     magvit = load_magvit("shapes/magvitv2", device="cuda")
     found |= {"waits": waits, "attention": attention_calls(), "layouts": layouts(magvit),
