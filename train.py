@@ -33,7 +33,6 @@ from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import checkpoint
 import common
@@ -355,6 +354,7 @@ def load_policy(args, device, folder, trainer):
     settings = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     params = list(showo.trainable().values())
     if args.zero:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
         optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **settings)
     else:
         optimizer = torch.optim.AdamW(params, **settings, fused=device.type == "cuda")

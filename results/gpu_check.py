@@ -113,10 +113,11 @@ def seconds_of(run, device, repeat=3):
     return first, sorted(bench.timed(run, device) for _ in range(repeat))[repeat // 2]
 
 
-def speed(size, device, compiled, rate, found):
+def speed(size, T, device, compiled, rate, found):
     """Rollouts and updates of a group, beside plain's."""
-    showo, T, _ = bench.random_showo(size, device)
-    showo.compiled, prompt, mid, steps = compiled, bench.random_prompt(showo), T // 2, 4
+    showo, _, _ = bench.random_showo(size, device)
+    showo.compiled, prompt = compiled, bench.random_prompt(showo)
+    mid, steps = T // 2, min(4, T // 2)
     for p in showo.parameters():
         p.grad = torch.zeros_like(p)
     traj = bench.random_trajectory(showo, G, T)
@@ -272,13 +273,13 @@ def main():
                          "CPU")
     start, found = time.perf_counter(), Findings(args.json)
     _, _, device = common.setup("cuda")
-    size, *_, side = SIZES[args.size]
+    size, _, _, T, _, side = SIZES[args.size]
     rate = bench.matmul_rate(device, side=side)
     found.add("card", name=torch.cuda.get_device_name(), torch=torch.__version__,
               date=time.strftime("%Y-%m-%d"), matmul_tflops=rate / 1e12)
     train.make_reward = functools.cache(train.make_reward)      # loaded once for all runs
     two_layers(size, device, args.compile, found)
-    speed(size, device, args.compile, rate, found)
+    speed(size, T, device, args.compile, rate, found)
     forget_graphs()
     with tempfile.TemporaryDirectory() as scratch:
         write_models(args.size, Path(scratch), device)

@@ -227,11 +227,12 @@ def run(words):
 
 
 def rehearse(n=None):
-    """Run the first n commands, None = all, in the working folder, and every training run once more
-    from its first step.
+    """Run the first n commands, None = all, in the working folder, and the README's training runs
+    once more from their first step.
 
     Yields the words of each command and the folder of its run, whenever one has ended."""
     first = common.rank() == 0
+    n_readme = len(readme_commands())
     for number, words in enumerate(commands()[:n]):
         out = Path("runs") / ("NAME" if number == 0 else f"run-{number}")
         words = shrink(words, out)
@@ -240,7 +241,7 @@ def rehearse(n=None):
         if first or words[0] not in ("fidelity", "reward.py"):      # these know one process
             run(words)
         yield words, out
-        if words[0] == "train.py":
+        if words[0] == "train.py" and number < n_readme:
             common.barrier()
             if first:
                 shutil.rmtree(out / "checkpoint-2")

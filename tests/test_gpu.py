@@ -146,7 +146,6 @@ def test_every_reward_scores_pictures_of_a_gpu(one):
 
 
 def test_bench(one):
-    assert found(one, "speed")["log_prob_relative_difference"] < 2e-2
     assert len(found(one, "ladder")["forward_ms"]) == 5
     assert found(one, "memory")["update_peak_gb"].keys() == {"ours"}
 
@@ -163,13 +162,12 @@ def test_the_check_for_a_card_runs_whole(one):
 # ------------------------------------------------------------------------------ two processes, bugs
 
 def test_two_processes_by_nccls_rules(two):
-    """Sharded and not; sharded, stopped and resumed."""
-    plain, zero, again = (metrics(two / run) for run in ("plain", "zero", "zero-again"))
-    assert len(plain) == 2 and plain[0] == zero[0] and zero == again
+    """Sharded and not."""
+    plain, zero = (metrics(two / run) for run in ("plain", "zero"))
+    assert len(plain) == 2 and plain[0] == zero[0]
     states = [load_file(two / run / "checkpoint-2/pytorch_model.safetensors")
-              for run in ("plain", "zero", "zero-again")]
+              for run in ("plain", "zero")]
     for name, weight in states[1].items():
-        assert torch.equal(states[2][name], weight)
         assert (weight - states[0][name]).norm() <= 1e-3 * states[0][name].norm()
     assert len(list((two / "pictures").glob("*.png"))) == 3
 
@@ -369,7 +367,7 @@ def main_of_one(out):
              work / "eval.jsonl", "--no-compile", "--out", out / "geneval")
     bench.in_own_process = lambda function, *args: function(*args)
     tiny = ("--size", "shapes", "--repeat", 1, "--device", "cuda")
-    for what, *more in (("speed",), ("ladder",), ("memory", "--who", "ours")):
+    for what, *more in (("ladder",), ("memory", "--who", "ours")):
         call(bench.main, "bench.py", what, *tiny, *more, "--json", out / f"{what}.json")
     call(gpu_check.main, "gpu_check.py", "--size", "tiny", "--no-compile", "--json",
          out / "gpu_check.json")
@@ -389,8 +387,6 @@ def main_of_two(out):
              *few_prompts(out)]
     call(train.main, *flags, "--out", out / "plain")
     call(train.main, *flags, "--out", out / "zero", "--zero")
-    again = drop_last(out / "zero", out / "zero-again")
-    call(train.main, *flags, "--out", again, "--zero", "--resume")
     call(sample.main, "sample.py", "--model", "shapes", "--prompt", "a photo of a red circle",
          "--prompt", "a photo of two stars", "--prompt", "a photo of a cat", "--steps", 2,
          "--no-compile", "--out", out / "pictures")

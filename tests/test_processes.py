@@ -149,7 +149,7 @@ def test_two_processes_resume_bit_by_bit(two, run):
     equal(moments(two / run / "checkpoint-2"), moments(straight / "checkpoint-2"))
 
 
-@pytest.mark.parametrize("run", ["zero", "two-then-zero", "zero-then-two"])
+@pytest.mark.parametrize("run", ["zero", "zero-then-two"])
 def test_shards_take_the_same_step_and_leave_the_same_files(two, run):
     if run == "zero":
         near_gradients(two, "two", "zero")
@@ -163,7 +163,7 @@ def test_shards_take_the_same_step_and_leave_the_same_files(two, run):
     assert metrics(two / run) == metrics(two / "two")
 
 
-@pytest.mark.parametrize("run", ["one-then-two", "one-then-zero"])
+@pytest.mark.parametrize("run", ["one-then-zero"])
 def test_two_processes_go_on_where_one_was(two, run):
     near(weights(two / "one/checkpoint-2"), weights(two / run / "checkpoint-2"))
     near(moments(two / "one/checkpoint-2"), moments(two / run / "checkpoint-2"))
@@ -243,17 +243,13 @@ def test_torchrun_passes_a_signal_on_and_every_process_saves(tmp_path):
     assert checkpoint.checkpoints(run) == [run / f"checkpoint-{last}"]
 
 
-DIES = f"""import os, signal, sys
+DIES = f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import common, train
-plain, way = train.sample_groups, sys.argv.pop(1)
+plain = train.sample_groups
 
 def sample_groups(examples, keys, *rest):
     if keys[0][1] == 1 and os.environ["RANK"] == "1":       # the second step
-        if way == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if way == "refused":
-            raise SystemExit("the server of process 1 is away")
         raise OSError("the disk of machine 1 is gone")
     return plain(examples, keys, *rest)
 train.sample_groups = sample_groups
@@ -261,19 +257,14 @@ common.run(train.main)
 """
 
 
-@pytest.mark.parametrize("way, error", [
-    ("broken", "OSError: the disk of machine 1 is gone"),
-    ("refused", "the server of process 1 is away"), ("killed", None)])
-def test_a_process_that_dies_takes_the_job_down_and_nothing_saved_is_lost(
-        monkeypatch, tmp_path, way, error):
+def test_a_process_that_dies_takes_the_job_down_and_nothing_saved_is_lost(monkeypatch, tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     run = tmp_path / "run"
-    started = torchrun(tmp_path / "dies.py", way, *FLAGS, "--steps", 500, "--out", run)
+    started = torchrun(tmp_path / "dies.py", *FLAGS, "--steps", 500, "--out", run)
     _, errors = started.communicate(timeout=120)
     assert started.returncode != 0 and len(metrics(run)) == 1
-    if error:       # said once, by the process whose error it is
-        assert errors.count(error) == 1, errors[-3000:]
-        assert ("Traceback" in errors.split(error)[0]) == (way == "broken")
+    error = "OSError: the disk of machine 1 is gone"        # said once, by the process that has it
+    assert errors.count(error) == 1 and "Traceback" in errors.split(error)[0], errors[-3000:]
 
     assert checkpoint.checkpoints(run) == [run / "checkpoint-1"]
     call(monkeypatch, "--steps", 2, "--prompts-per-step", 8, "--resume", "--out", run)
@@ -343,10 +334,8 @@ def main(out):
     scenario("two", *EVALUATED)
     scenario("zero", "--zero")
     continued("two", "two-then-two")
-    continued("two", "two-then-zero", "--zero")
     continued("zero", "zero-then-zero", "--zero")
     continued("zero", "zero-then-two")
-    continued("one", "one-then-two")
     continued("one", "one-then-zero", "--zero")
 
     spoil_rewards(0.0, (1,), 1000)      # its groups lie under the bar, as soon as there is one

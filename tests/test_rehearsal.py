@@ -78,13 +78,6 @@ def torchrun(n, *command, **more):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})}, **more)
 
 
-def test_commands_in_two_processes():
-    """The README's up to those that know one process; not the other sizes of training, rewards."""
-    done = torchrun(2, ROOT / "tests/rehearsal.py", "--first", 5)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("runs, all of them ended well") == 2
-
-
 def test_the_main_command_with_the_hub_s_cache(home, tmp_path):
     """In two processes, for the time of it; rehearsal.py has the line for eight."""
     done = torchrun(2, ROOT / "train.py", "--no-kl", "--filter-low", "--steps", 1,

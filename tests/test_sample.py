@@ -503,9 +503,9 @@ def distance(a, b):
 
 
 def test_marginals_are_those_of_a_plain_sampler():
-    """10,000 samples each."""
+    """4,000 samples each."""
     showo = load_showo(DATA / "showo/checkpoint", tokenizer=DATA / "prompting/tokenizer")
-    T, B, times, g = 3, 200, 50, torch.Generator().manual_seed(0)
+    T, B, times, g = 3, 200, 20, torch.Generator().manual_seed(0)
     prompt = showo.encode(["a red cat"], 16)
     policy = showo.policy(prompt.repeat(B))
 

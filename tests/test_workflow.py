@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import common
 import eval_geneval
 import sample
+import shapes
 import train
 from checkpoint import read_rows
 from model import load_showo
@@ -61,9 +62,12 @@ def test_training_prompts_are_geneval_s_and_none_of_the_553(tmp_path, monkeypatc
 # ------------------------------------------------------------------------------ evaluation
 
 def test_rewards_beside_the_one_trained_on(monkeypatch, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(x) + "\n" for x in shapes.prompts("eval")[::3]))
     for guidance in (0, 2):
         call(monkeypatch, "--out", tmp_path / str(guidance), "--eval-every", 1, "--eval-guidance",
-             guidance, "--eval-reward", "geneval:official,geneval:partial:0,geneval:strict:0")
+             guidance, "--eval-prompts", few, "--eval-reward",
+             "geneval:official,geneval:partial:0,geneval:strict:0")
     plain, guided = (read_rows(tmp_path / f"{guidance}/eval.jsonl") for guidance in (0, 2))
     assert [row["step"] for row in plain] == [0, 1, 2]
     assert all(0 <= plain[0][name] <= 1 for name in ("overall", "counting", "geneval:strict"))
