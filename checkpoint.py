@@ -1,14 +1,17 @@
 """What lies on the disk: weight files, folders of the hub, and a run's checkpoints.
 
     OUT/checkpoint-STEP/    Show-o's own layout, which loads wherever Show-o is loaded, and
-                            trainer.pt: step, flags, optimizer, filter, LoRA adapters
+                            trainer.pt: step, flags, filter, LoRA adapters
+                            optimizer.pt: its state; the newest two checkpoints keep it
 
 A folder of this name is complete: it is written under another name, then renamed. Only tensors and
 plain values are read. SystemExit carries the plain line that common.run() prints.
 """
 import json
 import os
+import re
 import shutil
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -66,10 +69,14 @@ def read_weights(path, device="cpu", dtype=None) -> dict:
     else:
         new = zipfile.is_zipfile(path)      # only then can it be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=new)
-        state = state.get("state_dict", state)
+        for key in ("state_dict", "model", "module"):           # of other trainers, and DeepSpeed
+            state = state[key] if isinstance(state.get(key), dict) else state
+    weights = {}
     for name, weight in state.items():      # cast and moved one by one
-        state[name] = weight.to(device, dtype if weight.is_floating_point() else None)
-    return state
+        if isinstance(weight, torch.Tensor):
+            name = re.sub(r"^((module|_orig_mod)\.)+", "", name)        # DDP, torch.compile
+            weights[name] = weight.to(device, dtype if weight.is_floating_point() else None)
+    return weights or sys.exit(f"{path}: holds no weights, but {', '.join(map(str, state))[:99]}")
 
 
 def load_strict(model, state, path):
@@ -119,20 +126,24 @@ def open_run(args, rank):
     """Return the output folder, the checkpoint to go on from, or None, and process 0's lock of the
     folder, which the system releases when its owner is gone."""
     folder = Path(args.resume) if args.resume and args.resume != "auto" else None
-    new = f"{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    now = time.strftime("%Y%m%d-%H%M%S")
+    new = f"{Path(args.model).name}-seed{args.seed}-{now}-{os.getpid()}"
     out = Path(args.out or (folder.parent if folder else Path("runs") / new))
     if args.resume == "auto":
         folder = (checkpoints(out) or [None])[-1]       # None: the run ended before it saved
     rows, own = out / "metrics.jsonl", folder and folder.resolve().parent == out.resolve()
     if args.resume and not (folder or rows).exists():
         raise SystemExit(f"--resume: there is no {folder or f'run in {out}'}")
-    lock = FileLock(out / "lock")
+    lock = FileLock(out / "lock", fallback_to_soft=False)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=bool(args.out or folder))
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise SystemExit(f"--out {out}: another run is in it; wait for it, or end it") from None
+        except OSError as error:    # as of Lustre
+            print(f"WARNING: {out} cannot be locked ({error.strerror}): take care that no other run"
+                  " writes into it", file=sys.stderr)
         used = rows.exists() and rows.stat().st_size or checkpoints(out)
         if used and not (own or args.resume == "auto"):
             raise SystemExit(f"--out {out}: holds another run; go on with --resume, or choose "
@@ -158,10 +169,12 @@ def save(out, step, showo, optimizer, sample_filter, args):
         shutil.rmtree(left)
     tmp = out / f".checkpoint-{step}"
     showo.save(tmp)
-    torch.save({"step": step, "args": vars(args), "optimizer": optimizer.state_dict(),
-                "filter": sample_filter.state_dict(),
+    torch.save(optimizer.state_dict(), tmp / "optimizer.pt")
+    torch.save({"step": step, "args": vars(args), "filter": sample_filter.state_dict(),
                 "lora": showo.trainable() if args.lora else {}}, tmp / "trainer.pt")
     tmp.rename(out / f"checkpoint-{step}")
+    for old in checkpoints(out)[:-2]:
+        (old / "optimizer.pt").unlink(missing_ok=True)
     for old in checkpoints(out)[:-args.keep_last] if args.keep_last else []:
         shutil.rmtree(old.rename(out / f".{old.name}"))
 
@@ -176,4 +189,8 @@ def load_trainer(folder, args) -> dict:
                          "begin anew in another --out")
     if trainer["step"] > args.steps:
         raise SystemExit(f"--resume {folder}: that run is past --steps {args.steps}")
-    return trainer
+    if not (folder / "optimizer.pt").exists():
+        raise SystemExit(f"--resume {folder}: the optimizer's state is kept with the newest two "
+                         f"checkpoints alone; begin anew from its weights, with --ckpt {folder}")
+    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    return {**trainer, "optimizer": state}

@@ -1,6 +1,8 @@
 """What the scripts share: flags, processes, errors, prompt files, the log, pictures."""
 import argparse
+import csv
 import datetime
+import io
 import json
 import math
 import os
@@ -17,6 +19,8 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from checkpoint import read_json, write_json
+
 
 def add_model_flags(add):
     """Add the flags that say which weights to load, and where; add: a parser's add_argument."""
@@ -30,7 +34,7 @@ def add_model_flags(add):
         "torch.compile (default: on a GPU)")
 
 
-SAMPLING = ("T", "guidance", "temperature", "schedule", "annealing", "batch")   # for generate()
+SAMPLING = ("T", "guidance", "temperature", "batch")    # for generate()
 
 
 def add_sampling_flags(p):
@@ -39,8 +43,6 @@ def add_sampling_flags(p):
     add("--steps", type=int, default=12 if tiny else 50, dest="T", help="iterations")
     add("--cfg", type=float, default=0.0 if tiny else 5.0, dest="guidance", help="0 = none")
     add("--temperature", type=float, default=1.0, help="of the Gumbel noise")
-    add("--schedule", choices=["cosine", "linear"], default="cosine")
-    add("--annealing", choices=["compound", "linear", "none"], default="compound")
     add("--batch", type=int, default=256 if tiny else 8, help="pictures at a time")
 
 
@@ -53,16 +55,17 @@ def run(main):
     try:
         main()
     except BaseException as error:
-        line = error.code if isinstance(error, SystemExit) else None
+        line = code = error.code if isinstance(error, SystemExit) else None
         if isinstance(error, torch.OutOfMemoryError):
             line = "out of GPU memory: take a smaller --micro-batch, --grad-checkpoint or --lora"
         if STORE is None and not isinstance(line, str):
             raise
         first = STORE.add("failed", 1) == 1 if STORE else os.environ.get("RANK", "0") == "0"
-        if first:
+        if first and not isinstance(code, int):
             print(line or traceback.format_exc(), file=sys.stderr)
         sys.stdout.flush()
-        os._exit(1)     # threads of a process group can abort an exit in the usual order
+        # threads of a process group can abort an exit in the usual order
+        os._exit(code if isinstance(code, int) else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -143,37 +146,55 @@ def barrier():
 
 
 class StopSignal:
-    """SIGTERM or SIGINT: the run saves and ends after the step. A second one ends it at once, but
+    """A signal asks the run to save and to end after the step. A second one ends it at once, but
     not within a second of the first: torchrun passes on what its processes have received, too."""
 
     def __init__(self):
-        self.asked = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
+        self.number, self.since = 0, 0.0
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+            if hasattr(signal, name):       # Windows has the first two
+                signal.signal(getattr(signal, name), self.handle)
 
     def handle(self, number, frame):
-        if self.asked and time.monotonic() - self.asked > 1:
+        if self.number and time.monotonic() - self.since > 1:
             os._exit(128 + number)
-        self.asked = self.asked or time.monotonic()
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+
+
+KEYS = ("prompt", "prompts", "caption", "text")
 
 
 def read_prompts(path) -> list[dict]:
-    """Return the examples of a file: .txt, a prompt a line, or .jsonl, an object with "prompt" a
-    line. Optional: "reward_prompt", what the reward is told instead, and GenEval's metadata."""
-    path, examples = Path(path), []
-    if path.suffix not in (".txt", ".jsonl"):
-        raise SystemExit(f"{path}: wanted .txt, a prompt a line, or .jsonl, an object a line")
+    """Return the examples of a file: .txt, a prompt a line; .jsonl, an object or a text a line;
+    .json, a list of them; .csv or .tsv with a header. The prompt of an object or a row is the first
+    of KEYS that it has, in any case; FILE:KEY names another. Optional: "reward_prompt", what the
+    reward is told instead, and GenEval's metadata; the rest stays with the example."""
+    file, _, key = str(path).rpartition(":")
+    if not Path(file).is_file():
+        file, key = str(path), ""
+    kind = Path(file).suffix.lower()
+    if kind not in (".txt", ".jsonl", ".json", ".csv", ".tsv"):
+        raise SystemExit(f"{path}: wanted .txt, .jsonl, .json, .csv or .tsv")
     try:
-        for line in path.read_text("utf-8-sig").split("\n"):
-            if line.strip():
-                example = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
-                examples.append({**example, "prompt": example["prompt"].strip()})
-    except OSError as error:
-        raise SystemExit(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SystemExit(f'{path}: number {len(examples) + 1} has no "prompt", or is not UTF-8'
-                         ) from None
-    return examples or sys.exit(f"{path}: there is no prompt in it")
+        text = Path(file).read_text("utf-8-sig")
+        rows = [line for line in text.split("\n") if line.strip()]
+        if kind in (".csv", ".tsv"):
+            rows = list(csv.DictReader(io.StringIO(text), delimiter=",\t"[kind == ".tsv"]))
+        elif kind != ".txt":
+            rows = json.loads(text) if kind == ".json" else [json.loads(line) for line in rows]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: cannot be read ({error})") from None
+    examples = []
+    for row in rows if isinstance(rows, list) else [rows]:
+        row = {"prompt": row} if isinstance(row, str) else row
+        names = {str(name).lower(): name for name in row} if isinstance(row, dict) else {}
+        name = key or next((names[k] for k in KEYS if k in names), None)
+        if not names or not isinstance(row.get(name), str):
+            raise SystemExit(f"{path}: number {len(examples) + 1} has no prompt, but "
+                             f"{', '.join(names.values()) or repr(row)[:60]}; name one: {file}:KEY")
+        examples.append({**row, "prompt": row[name].strip()})
+    return [e for e in examples if e["prompt"]] or sys.exit(f"{path}: there is no prompt in it")
 
 
 class Log:
@@ -185,7 +206,10 @@ class Log:
         self.bar = tqdm(total=args.steps, initial=start, disable=None if self.on else True)
         if self.on and args.wandb:
             import wandb
-            self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args))
+            self.known = {"metrics": -1, "eval": -1, **read_json(out / "wandb.json")}
+            self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args), dir=out,
+                                    id=self.known.get("id"), resume="allow")
+            self.known["id"] = self.wandb.id
 
     def say(self, text):
         if self.on:
@@ -198,8 +222,13 @@ class Log:
             row = {k: v if math.isfinite(v) else None for k, v in row.items()}
             with open(self.out / f"{name}.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            if self.wandb:
-                self.wandb.log({f"{name}/{k}": v for k, v in row.items()}, row["step"])
+            if self.wandb and row["step"] > self.known[name]:   # else before it was resumed
+                grid = self.out / f"samples/step-{row['step']:06d}.png"
+                more = {"grid": sys.modules["wandb"].Image(str(grid))} if name == "eval" else {}
+                values = {f"{name}/{k}": v for k, v in (row | more).items()}
+                self.wandb.log(values, step=row["step"])
+                self.known[name] = row["step"]
+                write_json(self.out / "wandb.json", self.known)
 
     def step(self, row):
         self.row("metrics", row)
@@ -231,8 +260,11 @@ def to_pil(image):      # uint8[3, H, W]
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
-def read_picture(path):
-    return torch.from_numpy(numpy.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+def read_picture(path):     # -> uint8[3, H, W]
+    image = Image.open(path)
+    if image.mode.startswith("I"):      # 16 bits of grey, which PIL would cut off at 255
+        image = Image.fromarray((numpy.array(image) / 257).round().astype("uint8"))
+    return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def draw_missing(files, examples, draw, batch) -> int:

@@ -244,25 +244,20 @@ def exact_score(raw: dict, metadata: dict, colours: dict) -> bool:
     verdict of the three that does not gain by more objects."""
     strict, _, _ = strict_score(filter_detections(raw, metadata["tag"]), metadata, colours)
     n_asked = sum(clause["count"] for clause in metadata.get("include", []))
-    return strict and n_objects(raw) == n_asked
-
-
-def n_objects(raw):
-    return sum(map(len, filter_detections(raw, "").values()))
+    return strict and sum(map(len, filter_detections(raw, "").values())) == n_asked
 
 
 def verdicts(examples: list[dict], found: list) -> dict:
     """Return numbers, Float[B] each, of B examples and what a detector found in their pictures.
 
     found: B pairs (raw detections, colours). "official": score(); "exact", "strict", "partial":
-    exact_score and strict_score; "objects": boxes over 0.3 in the picture."""
+    exact_score and strict_score."""
     rows = []
     for example, (raw, colours) in zip(examples, found, strict=True):
         kept = filter_detections(raw, example["tag"])
         strict, _, partial = strict_score(kept, example, colours)
         rows.append({"official": score(kept, example, colours)[0], "strict": strict,
-                     "partial": partial, "exact": exact_score(raw, example, colours),
-                     "objects": n_objects(raw)})
+                     "partial": partial, "exact": exact_score(raw, example, colours)})
     return {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
 
 
@@ -284,25 +279,20 @@ def summary(rows: list[dict]) -> str:
         f"Overall score (avg. over tasks): {overall:.5f}", ""])
 
 
-def scores(rows: list[dict], resamples: int = 2000) -> dict:
+def scores(rows: list[dict]) -> dict:
     """Return {"overall" and each tag: [share of correct pictures, low, high]} of results rows: a
-    95% interval by bootstrap over the prompts of each tag; overall is the mean over tags."""
-    rng = np.random.default_rng(0)
-    by_tag = {}
+    95% interval from the spread over the prompts of each tag; overall is the mean over tags."""
+    by_tag, found = {}, {}
     for row in rows:
         by_prompt = by_tag.setdefault(row["tag"], {})
         by_prompt.setdefault(row["metadata"], []).append(bool(row["correct"]))
-    shares, resampled = {}, {}
     for tag, by_prompt in by_tag.items():
-        right = np.array([sum(correct) for correct in by_prompt.values()])
-        total = np.array([len(correct) for correct in by_prompt.values()])
-        picks = rng.integers(len(by_prompt), size=(resamples, len(by_prompt)))
-        shares[tag] = right.sum() / total.sum()
-        resampled[tag] = right[picks].sum(1) / total[picks].sum(1)                  # (resamples,)
-    shares = {"overall": np.mean(list(shares.values())), **shares}
-    resampled["overall"] = sum(again / len(by_tag) for again in resampled.values())
-    return {tag: [round(float(x), 5) for x in (share, *np.percentile(resampled[tag], [2.5, 97.5]))]
-            for tag, share in shares.items()}
+        error = np.std([np.mean(correct) for correct in by_prompt.values()]) / len(by_prompt) ** 0.5
+        found[tag] = np.mean(sum(by_prompt.values(), [])), error
+    mean, error = (np.array(x) for x in zip(*found.values(), strict=True))
+    found = {"overall": (mean.mean(), (error ** 2).sum() ** 0.5 / len(error)), **found}
+    return {tag: [round(float(mean + z * error), 5) for z in (0, -1.96, 1.96)]
+            for tag, (mean, error) in found.items()}
 
 
 def load_clip(name: str, device="cpu"):
@@ -320,8 +310,10 @@ def load_clip(name: str, device="cpu"):
         raise SystemExit(f"clip:{name}: wanted MODEL/PRETRAINED, such as {COLOUR_CLIP}, or a folder"
                          " with open_clip_config.json and open_clip_model.safetensors")
     try:
+        trained = open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained else {}
         model, _, transform = open_clip.create_model_and_transforms(
-            model_name, pretrained=pretrained, device=device)
+            model_name, pretrained=pretrained, device=device,
+            force_quick_gelu=trained.get("quick_gelu", False))      # else open_clip only warns
     except (OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"clip:{name}: open_clip cannot load it ({str(error).splitlines()[0]}); "
                          "check the name, the file and the network") from None

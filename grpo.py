@@ -6,8 +6,8 @@ samples of each, T iterations.
 Departures from the paper:
 - the log of a ratio is bounded by 60, so that no gradient is NaN;
 - the filter sees some groups before it acts, and keeps the stds of all groups of the run;
-- a reward that is NaN (no score) has advantage 0, and its group goes on without it.
-Departures from the released code, which are the paper's:
+- a reward that is not finite (no score) has advantage 0, and its group goes on without it.
+Where the released code departs from the paper, and this file does not:
 - released: the KL compares the policy with itself, whose gradient is 0; here: with a frozen one;
 - released: the ratio is always 1; here: it leaves 1 when rollouts serve a second optimizer step;
 - released: no sample filter; here: SampleFilter;
@@ -25,7 +25,7 @@ def group_advantages(rewards):
     for group, A in zip(rewards, adv, strict=True):
         scored = group.isfinite()
         R = group[scored]
-        equal = len(R) < 2 or R.std() <= 1e-6 * R.abs().amax()      # rounding of the mean, no more
+        equal = len(R) < 2 or R.std() <= 1e-6 * R.abs().amax()      # the spread is rounding alone
         if not equal:
             A[scored] = (R - R.mean()) / R.std()                                    # Eq. 12
     return adv
@@ -39,9 +39,9 @@ def clipped_objective(logp, logp_old, adv, clip_low=0.9, clip_high=1.2, length=1
     the ratio. It is a mean over the rows given: weigh that of a micro-batch by its share of all
     rows, len(rows) / B, before backward().
 
-    length: 1 for the ratio of Eq. 11. The ratio of the mean token (GSPO, arXiv 2507.18071, Eq. 7)
-    takes the number of tokens that logp sums over: n_t with Eq. 15, all masked ones with Eq. 13
-    and 14, the M of traj.positions(t, kind)."""
+    length: 1 for the ratio of Eq. 11. The geometric mean of the tokens' ratios (GSPO, arXiv
+    2507.18071, Eq. 7) takes the number of tokens that logp sums over, which is the M of
+    traj.positions(t, kind): n_t with Eq. 15, all masked ones with Eq. 13 and 14."""
     adv = adv.reshape(adv.shape + (1,) * (logp.dim() - adv.dim()))
     log_ratio = (logp - logp_old.detach()) / max(length, 1)
     ratio = log_ratio.clamp(max=60).exp()                                           # Eq. 11
@@ -78,15 +78,15 @@ class SampleFilter:
         return torch.quantile(history, self.percentile / 100).item()
 
     def judge(self, std):
-        """Judge new groups by their reward std Float[P], then remember it: call it once a group,
-        with the groups of all processes. Return Bool[P], False where a group is to be sampled
-        again (by the caller). A std that is not finite passes, and is not remembered."""
+        """Judge groups by their reward std Float[P], then remember it: call it once for each sample
+        of a group, with the groups of all processes. Return Bool[P], False where a group is to be
+        sampled again (by the caller). A std that is not finite passes, and is not remembered."""
         bar = self.bar
         passed = torch.ones_like(std, dtype=torch.bool) if bar is None else ~(std < bar)
         self.history += std[std.isfinite()].tolist()
         return passed
 
-    keep = judge        # its name until now
+    keep = judge        # the old name
 
     def state_dict(self):
         return {"history": list(self.history)}

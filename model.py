@@ -27,7 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import TOKENIZER, fetch, load_strict, read_json, read_weights, write_model
+import checkpoint as disk
+from checkpoint import TOKENIZER, fetch, load_strict, read_json, read_weights
 
 try:
     import torchvision  # noqa: F401  (transformers and open_clip import it when it is there)
@@ -272,10 +273,16 @@ class Showo(nn.Module):
                    if leaf.grad is not None]
         torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
 
-    def policy(self, prompt: Prompt, guidance: float = 0.0):
-        """Return sample.rollout's function codes -> logits; the text is computed here, once."""
+    def policy(self, prompt: Prompt, guidance: float = 0.0, batch: int | None = None):
+        """Return sample.rollout's function codes -> logits; the text is computed here, once. batch:
+        rows at a time, for memory."""
         prompt = self.prefill(prompt, guided=bool(guidance))
-        return lambda codes: self.logits(codes, prompt, guidance=guidance)
+        rows = torch.arange(len(prompt), device=self.device).split(batch or len(prompt))
+
+        def policy(codes):
+            parts = [self.logits(codes[i], prompt[i], guidance=guidance) for i in rows]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return policy
 
     def logits(self, codes, prompt: Prompt, *, guidance: float = 0.0, positions=None):
         """Return the logits of codes Long[B, N] (K = masked) under prompts of B rows: Float32
@@ -339,8 +346,12 @@ class Showo(nn.Module):
     def save(self, folder):
         """Write Show-o's layout, with the tokenizer's files and phi_config.json."""
         self.tokenizer.save_pretrained(folder)
-        write_model(folder, "pytorch_model", self.merged_state(), config=self.config,
-                    phi_config={"model_type": "phi", **self.phi})
+        path = Path(folder) / "tokenizer_config.json"
+        config = read_json(path)
+        if config["tokenizer_class"] == "TokenizersBackend":    # which transformers 4 has not
+            disk.write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        disk.write_model(folder, "pytorch_model", self.merged_state(), config=self.config,
+                         phi_config={"model_type": "phi", **self.phi})
 
     def trainable(self) -> dict:
         """Return the parameters that are trained: all, or with LoRA the adapters."""
@@ -443,11 +454,13 @@ def is_shapes(model) -> bool:
     return model == "shapes" or config.get("llm_model_path") == "shapes"
 
 
-def describe(showo, magvit) -> str:
-    """Return a line that says what was loaded."""
+def describe(showo, magvit, prompts=()) -> str:
+    """Return a line that says what was loaded, and whether prompts are too long for encode()."""
+    n_cut = sum(len(showo.tokenizer(text)["input_ids"]) > 126 for text in prompts)
     millions = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (showo, magvit)]
     return (f"{showo.source}: {millions[0]:.1f}M, N {showo.N}, K {showo.K}; {magvit.source}: "
-            f"{millions[1]:.1f}M; on {showo.device}")
+            f"{millions[1]:.1f}M; on {showo.device}" + (
+                f"; {n_cut} of {len(prompts)} prompts are cut to 128 tokens" if n_cut else ""))
 
 
 # ------------------------------------------------------------------------------ MAGVIT-v2
@@ -567,7 +580,7 @@ class MAGVITv2(nn.Module):
 
     def save(self, folder):
         """Write config.json and model.safetensors."""
-        write_model(folder, "model", self.state_dict(), config=self.config)
+        disk.write_model(folder, "model", self.state_dict(), config=self.config)
 
 
 def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:

@@ -1,9 +1,9 @@
 """The unmasking MDP of Mask-GRPO (arXiv 2510.13418, Eq. 1-9 and 13-15), and an image sampler.
 
     python sample.py --prompt "a red fox in the snow" --n 4             # Show-o 512, a grid
-    torchrun --nproc_per_node 8 sample.py --prompts FILE --out DIR      # a PNG each, goes on
+    torchrun --nproc_per_node 8 sample.py --prompts FILE --out DIR      # PNGs; repeat it to go on
 
-All above "pictures" needs torch alone and one function, so it can be copied:
+All above the section "pictures" needs torch alone and one function, so it can be copied:
 
     policy(codes: Long[B, N]) -> logits: Float[B, N, K]     # closed over the prompts; K = masked
 
@@ -13,8 +13,8 @@ column out, or sets it to -inf, so that it is never drawn.
 State s_t = (c, t, Y_t), action a_t = Y_{t+1}, start all masked (Eq. 7-9). t counts from 0.
 
 Departures from the paper: Eq. 14's min(cs_t) is the number that the rollout measured, for the
-policy, the old policy and the reference alike; a re-masked position whose tail mass underflows to 0
-is left out of its product (the gradient would be infinite).
+policy and the old policy alike; a re-masked position whose tail mass is 0, or too small for
+float32, counts as 1 in its product (Eq. 14 has 0 there; the gradient would be infinite).
 Departures from the released code: the last iteration unmasks all (released: one token stays masked
 and never enters the loss); min(cs_t) is a number (released: a bool, which turns Eq. 14 into 15).
 """
@@ -32,7 +32,7 @@ class Trajectory:
 
     Newly unmasked at t: order == t. Re-masked (still masked after t): order > t."""
     codes: torch.Tensor                     # Long (B, N), the final tokens Y_T, 0..K-1
-    order: torch.Tensor                     # Long (B, N), the iteration that unmasked each token
+    order: torch.Tensor                     # Long (B, N), the iteration of each token; -1: given
     threshold: torch.Tensor | None          # Float (B, T), min(cs_t) under the policy that sampled;
                                             # inf if none moved. Only Eq. 14 needs it
     K: int                                  # codes; K itself means masked
@@ -110,7 +110,7 @@ def temperatures(T: int, start: float = 1.0, annealing: str = "compound") -> lis
 
 def choose_and_move(conf_logp, masked, n_stay_masked, temperature, gumbel):
     """Return CaM_t (Eq. 5), Bool[B, N]: the masked positions that become unmasked, which are all
-    but the n_stay_masked least confident. Of equal confidences the later position moves.
+    but the n_stay_masked least confident after the noise. Of equal ones the later position moves.
 
     conf_logp Float[B, N]: log-probability of the token sampled at each position; masked Bool[B, N];
     gumbel Float[B, N]: standard Gumbel noise."""
@@ -128,7 +128,7 @@ def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine"
     generator: a torch.Generator, or a list of them for equal chunks of the rows; the codes lie on
     its device, which has to be the policy's. schedule: "cosine", "linear", or how many stay masked
     after each iteration. temperature: of the noise at the start, see temperatures(), or one for
-    each iteration. start: Long[B, N] with K where masked, as many in each row (inpainting); the
+    each iteration. start: Long[B, N], K where masked, the same number in each row (inpainting); the
     schedule is then that of the masked tokens, where Show-o's inpainting takes that of all N.
     keep_sampled=False: do without Trajectory.sampled, which only Eq. 13 needs."""
     generators = generator if isinstance(generator, list | tuple) else [generator]
@@ -183,8 +183,8 @@ def take(values, codes):        # Float[..., K] at Long[...]
 # ------------------------------------------------------------------------------ probabilities
 
 def transition_log_prob(logits, traj, t, kind):
-    """Return log pi_theta(Y_{t+1} | Y_t, c), the paper's p_theta(s_{t+1} | s_t, a_t), of the move
-    that iteration t made: Float[B].
+    """Return the log of the paper's p_theta(s_{t+1} | s_t, a_t) for the move of iteration t,
+    Float[B]. Only Eq. 14 without Gumbel noise is the exact probability of what a rollout does.
 
     With U the newly unmasked (order == t), R the re-masked (order > t), p_i = softmax(logits)_i:
     "ar"  Eq. 13: sum over U and R of log p_i[sampled_i]
@@ -207,7 +207,7 @@ def transition_log_prob(logits, traj, t, kind):
 
     # computed again in the backward pass, so that no second (B, N, K) is kept
     tail = checkpoint(tail_mass, logits, log_norm, traj.threshold[:, t], use_reentrant=False)
-    counts = remasked & (tail > torch.finfo(tail.dtype).tiny)   # of less, the gradient overflows
+    counts = remasked & (tail > torch.finfo(tail.dtype).tiny)   # below it the gradient overflows
     return log_p2 + torch.where(counts, tail, 1).log().sum(1)                       # Eq. 14
 
 
@@ -225,14 +225,14 @@ def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, bat
     """Draw n pictures of each prompt -> uint8 [len(prompts) * n, 3, H, W] on the CPU.
 
     The pictures of prompt i depend on seeds[i] (default i) and n, not on the other prompts. batch:
-    pictures at a time, but never fewer than n. more: for rollout()."""
+    pictures at a time. more: for rollout()."""
     from model import to_uint8
     seeds = list(range(len(prompts))) if seeds is None else seeds
     pictures, chunk = [], max(1, batch // n)
     for i in range(0, len(prompts), chunk):
         prompt = showo.encode(prompts[i:i + chunk]).repeat(n)
         generators = [torch.Generator(showo.device).manual_seed(s) for s in seeds[i:i + chunk]]
-        traj = rollout(showo.policy(prompt, guidance), len(prompt), showo.N, showo.K, T,
+        traj = rollout(showo.policy(prompt, guidance, batch), len(prompt), showo.N, showo.K, T,
                        generator=generators, **more)
         pictures.append(to_uint8(magvit.decode(traj.codes)).cpu())
     return torch.cat(pictures)
@@ -267,7 +267,7 @@ def main():
     showo, magvit = load_models(args.model, ckpt=args.ckpt, vq=args.vq, device=device,
                                 dtype=common.choose_dtype(args.dtype, device),
                                 compiled=args.compile)
-    print(describe(showo, magvit), flush=True)
+    print(describe(showo, magvit, [e["prompt"] for e in examples]), flush=True)
 
     def draw(prompts, n, seeds):
         seeds = [args.seed * 1_000_003 + i for i in seeds]

@@ -5,18 +5,18 @@
     torchrun --nproc_per_node 8 train.py --no-kl --filter-low --transition p1       # with Eq. 14
 
 One step: sample G pictures for each of P prompts (sample.py, Eq. 1-9), score them (reward.py), turn
-scores into advantages (grpo.py, Eq. 12), and maximize Eq. 10 over the T unmasking iterations.
+scores into advantages (grpo.py, Eq. 12), and maximize Eq. 10, a mean over the T iterations.
 
 Departures from the paper:
 - the default transition is Eq. 15, which is what the released training really computes;
 - the KL is that of the newly unmasked tokens, see kl_to_reference();
 - --loss-steps divides the loss by the number of chosen iterations, not by T;
-- a picture without a score, or a group with logits that are not finite, is left out of the mean;
+- a picture without a score, or a group with a NaN in its rollouts, is left out of the mean;
 - prompts/train.txt holds captions of our own; --ratio mean and --lora are later work's.
 Departures from the released training:
 - gradients are averaged over processes and clipped to norm 1; all weights decay;
 - the loss is not divided by T once more;
-- the cosine starts with the warm-up, whose first step is not 0;
+- the cosine starts with the warm-up, whose first step is not 0, and ends at 0 (released: 0.35);
 - bf16 products and float32 weights in place of fp16.
 
 Random numbers depend on (seed, step, prompt slot) alone. Resuming, or using another number of
@@ -45,8 +45,8 @@ from reward import make_reward
 from sample import Trajectory, generate, rollout, transition_log_prob
 
 PRESETS = {     # defaults, by model
-    "showo": dict(steps=1000, group_size=6, prompts_per_step=2, unmask_steps=50, lr=3e-6, warmup=62,
-                  weight_decay=0.02, micro_batch=6, reward="clip", eval_every=0, eval_n=1,
+    "showo": dict(steps=625, group_size=6, prompts_per_step=2, unmask_steps=50, lr=3e-6, warmup=62,
+                  weight_decay=0.02, micro_batch=6, reward="clip", eval_every=50, eval_n=1,
                   eval_unmask_steps=50, eval_guidance=5.0, save_every=100),
     "shapes": dict(steps=45, group_size=8, prompts_per_step=16, unmask_steps=12, lr=7e-4, warmup=3,
                    weight_decay=0.0, micro_batch=256, reward="clip:shapes/clip", eval_every=15,
@@ -59,7 +59,7 @@ def parse_args():
     p.error = sys.exit      # for common.run()
     add = p.add_argument_group("what").add_argument
     common.add_model_flags(add)
-    add("--prompts", help="txt, or jsonl with metadata (default: prompts/train.txt)")
+    add("--prompts", help="see common.read_prompts; FILE:KEY (default: prompts/train.txt)")
     add("--reward", help="see reward.py: clip, geneval:exact, or a weighted sum")
     add("--out", help="output folder (default: a new one under runs/)")
     add("--resume", nargs="?", const="auto", help="the newest checkpoint in --out, or this one")
@@ -71,7 +71,7 @@ def parse_args():
     add("--prompts-per-step", type=int, help="P, per process")
     add("--unmask-steps", type=int, help="T while training (fewer: unmasking reduction)")
     add("--transition", choices=["p1", "p2", "ar"], default="p2", help="Eq. 14, 15 or 13")
-    add("--ratio", choices=["sum", "mean"], default="sum", help="Eq. 11, or of a token (GSPO)")
+    add("--ratio", choices=["sum", "mean"], default="sum", help="Eq. 11, or per token (GSPO)")
     add("--clip", type=float, nargs=2, default=[0.9, 1.2], help="bounds of the ratio, Eq. 10")
     add("--kl", action=BooleanOptionalAction, default=True, help="no: no reference in memory")
     add("--kl-beta", type=float, default=0.01, help="beta of Eq. 10")
@@ -83,8 +83,8 @@ def parse_args():
         " the ratio of Eq. 11 jumps where a code crosses Eq. 14's threshold")
 
     add = p.add_argument_group("optimizer").add_argument
-    add("--lr", type=float, help="peak; the paper: 3e-6 without KL, 5e-6 with it")
-    add("--warmup", type=int, help="linear warm-up steps, then a cosine to 0")
+    add("--lr", type=float, help="peak; the paper: at most 3e-6 without KL, 5e-6 with it")
+    add("--warmup", type=int, help="linear warm-up steps, times a cosine from step 0 on")
     add("--weight-decay", type=float)
     add("--max-grad-norm", type=float, default=1.0, help="0 = no clipping")
     add("--micro-batch", type=int, help="pictures per forward pass; memory only")
@@ -121,7 +121,7 @@ def parse_args():
 # ------------------------------------------------------------------------------ rollouts
 
 def generator(device, *key):
-    """Return a random state that depends on the key alone."""
+    """Return a torch.Generator whose seed depends on the key alone."""
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
@@ -140,15 +140,15 @@ def sample_groups(examples, keys, args, showo) -> Trajectory:
     for i in range(0, len(examples), chunk):
         prompt = showo.encode([e["prompt"] for e in examples[i:i + chunk]]).repeat(G)
         generators = [generator(showo.device, *key) for key in keys[i:i + chunk]]
-        trajs.append(rollout(showo.policy(prompt), len(prompt), showo.N, showo.K,
-                             args.unmask_steps, generator=generators,
+        trajs.append(rollout(showo.policy(prompt, batch=args.micro_batch), len(prompt), showo.N,
+                             showo.K, args.unmask_steps, generator=generators,
                              keep_sampled=args.transition == "ar"))
     return Trajectory.cat(trajs)
 
 
 @torch.no_grad()
 def score_groups(examples, traj, magvit, reward) -> dict:
-    """Decode and score -> {"reward": the sum, and each part by its name}, Float (P, G) each."""
+    """Decode and score -> {"reward": the weighted sum, and each part by its name}, Float (P, G)."""
     P, device = len(examples), traj.codes.device
     images = to_uint8(magvit.decode(traj.codes))
     scores = reward.score(images, examples, len(images) // P)
@@ -157,7 +157,7 @@ def score_groups(examples, traj, magvit, reward) -> dict:
 
 def sample_again(examples, keys, traj, rewards, sample_filter, args, showo, magvit, reward) -> int:
     """Sample and score the groups of low reward std once more (Sec. 3.3), and put them in the place
-    of the old ones -> how many they are. All processes judge by one history."""
+    of the old ones -> how many, in all processes, which judge by one history."""
     P, G = rewards["reward"].shape
     low = ~sample_filter.judge(all_cat(rewards["reward"].std(1)).cpu())     # Bool (P of all,)
     mine = low[common.rank() * P:][:P].nonzero()[:, 0].tolist()
@@ -173,12 +173,17 @@ def sample_again(examples, keys, traj, rewards, sample_filter, args, showo, magv
 
 # ------------------------------------------------------------------------------ the update
 
-def advantages(rewards, traj):
-    """Return the advantages of rewards Float (P, G), Float (B,), and the sound rows, Bool (B,):
-    they have a reward, and their group's rollouts met finite logits. The others have A = 0."""
-    broken = traj.threshold.isnan().any(1).view_as(rewards).any(1, keepdim=True)        # (P, 1)
-    sound = rewards.isfinite() & ~broken                                                # (P, G)
-    return torch.where(sound, group_advantages(rewards), 0).flatten(), sound.flatten()  # Eq. 12
+def advantages(rewards, weights, traj):
+    """Return the advantages Float (B,) of rewards {"reward": their sum, part: ...}, Float (P, G)
+    each, and the sound rows, Bool (B,): they have a reward, and their group's rollouts met finite
+    logits. The others have A = 0. Eq. 12 is for each part of weights {part: weight}; their weighted
+    mean counts (GDPO, arXiv 2601.05242): in a sum the part of the largest spread would drown all.
+    """
+    scored, total = rewards["reward"].isfinite(), sum(map(abs, weights.values()))       # (P, G)
+    adv = sum(weight / total * group_advantages(rewards[part].where(scored, math.nan))  # Eq. 12
+              for part, weight in weights.items() if weight)
+    broken = traj.threshold.isnan().any(1).view_as(scored).any(1, keepdim=True)         # (P, 1)
+    return torch.where(scored & ~broken, adv, 0).flatten(), (scored & ~broken).flatten()
 
 
 def loss_iterations(step, args):
@@ -192,7 +197,7 @@ def loss_iterations(step, args):
 def kl_to_reference(logits, logp, traj, t, reference, text, args):
     """Return the KL of Eq. 10 at iteration t, by k3. Departure: it is that of the newly unmasked
     tokens, Eq. 15, for every transition. Eq. 14 jumps where a code crosses its threshold, and k3
-    turns such a jump into a gradient of norm 1e8.
+    turns such a jump into a gradient of norm 1e8. With --ratio mean it is divided by n_t.
 
     logits Float (b, M, K), those of the newly unmasked first; text: the reference's prompt."""
     positions = traj.positions(t, "p2")                                         # (b, n_t)
@@ -209,11 +214,11 @@ def kl_to_reference(logits, logp, traj, t, reference, text, args):
 def update(step, examples, traj, adv, sound, args, showo, reference, optimizer) -> dict:
     """Maximize Eq. 10 on the rollouts of a step, --inner-epochs times -> numbers for the log.
 
-    J = mean of min(r A, clip(r) A) - beta KL over the iterations t and the sound rows j of all
+    J = mean of [min(r A, clip(r) A) - beta KL] over the iterations t and the sound rows j of all
     processes. A step whose gradient is not finite, or that has no sound row, is not taken."""
     iterations, kind, tally = loss_iterations(step, args), args.transition, Tally(adv.device)
     prompt = showo.encode([e["prompt"] for e in examples]).repeat(args.group_size)
-    has_gradient = sound & ((adv != 0) | bool(reference))       # where A = 0, that of the KL alone
+    has_gradient = sound & ((adv != 0) | bool(reference))       # where A = 0, only the KL has one
     rows_of_loss = has_gradient.nonzero()[:, 0]
     n_terms = all_sum(sound.sum()).item() * len(iterations)                     # of Eq. 10's mean
     logp_old = adv.new_zeros(args.unmask_steps, len(adv))                       # (T, B)
@@ -222,7 +227,7 @@ def update(step, examples, traj, adv, sound, args, showo, reference, optimizer) 
     for epoch in range(args.inner_epochs):
         for rows in rows_of_loss.split(args.micro_batch) if len(rows_of_loss) else ():
             part = traj[rows]
-            with showo.shared_text(prompt[rows]) as text:           # computed once for all t
+            with showo.shared_text(prompt[rows]) as text:           # its gradient waits for all t
                 if reference:
                     with reference.frozen_base():
                         text_ref = reference.prefill(prompt[rows])
@@ -230,7 +235,7 @@ def update(step, examples, traj, adv, sound, args, showo, reference, optimizer) 
                     positions = part.positions(t, kind)                             # (b, M)
                     logits = showo.logits(part.state(t), text, positions=positions)
                     logp = transition_log_prob(logits, part.at(positions), t, kind)  # Eq. 13-15
-                    if epoch == 0:      # the weights are those that sampled: the ratio is 1
+                    if epoch == 0:      # with the weights of the rollout: the ratio is 1
                         logp_old[t, rows] = logp.detach()
                     length = logits.shape[1] if args.ratio == "mean" else 1
                     objective = clipped_objective(                                  # Eq. 10, 11
@@ -255,7 +260,8 @@ def update(step, examples, traj, adv, sound, args, showo, reference, optimizer) 
 
 
 class Tally:
-    """Means over the rows, or the tokens, of all passes and processes, for the log."""
+    """Means for the log, over rows or tokens of all passes and processes. approx_kl: from the
+    rollout's policy; clip_fraction: ratios out of bounds, whichever term of Eq. 10 counts."""
     NAMES = ("ratio_mean", "approx_kl", "clip_fraction", "kl_ref", "entropy")
 
     def __init__(self, device):
@@ -364,7 +370,7 @@ def load_policy(args, device, folder, trainer):
 
 
 def learning_rate(step, args):
-    """Return the linear warm-up times a cosine from the first step to 0 at the last."""
+    """Return the linear warm-up times a cosine from 1 at the first step to 0 after the last."""
     warmup = min(1, (step + 1) / max(args.warmup, 1))
     return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / args.steps))
 
@@ -385,13 +391,14 @@ def main():
 
     log, stop, models = common.Log(out, args, start), common.StopSignal(), (showo, magvit)
     P, G = args.prompts_per_step, args.group_size
-    log.say(f"{describe(*models)}\n{world} x {device.type}; {len(examples)} prompts; {args}\n"
+    log.say(describe(*models, [e["prompt"] for e in examples]))
+    log.say(f"{world} x {device.type}; {len(examples)} prompts; {args}\n"
             f"one step: {P * world} prompts x {G} = {P * world * G} pictures, x "
             f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations; output in {out}")
 
-    for step in range(start, args.steps + 1):           # the last pass evaluates and saves alone
-        stopped = all_sum(torch.tensor(stop.asked, device=device)).item() > 0
-        last, fresh = stopped or step == args.steps, step > start or not trainer
+    for step in range(start, args.steps + 1):           # the last pass only evaluates and saves
+        stopped = all_cat(torch.tensor([stop.number], device=device)).amax().item()
+        last, fresh = stopped > 0 or step == args.steps, step > start or not trainer
         if fresh and args.eval_every and (step % args.eval_every == 0 or last):
             log.evaluation(evaluate(step, held_out, args, *models, judge, out))
         due = last or (args.save_every and step % args.save_every == 0)
@@ -404,7 +411,7 @@ def main():
             break
 
         times, n_again = [common.now(device)], 0
-        first = (step * world + rank) * P               # of this process's prompt slots in the run
+        first = (step * world + rank) * P               # of its places in the order of prompts
         chosen = [example_at(first + i, examples, args.seed) for i in range(P)]
         keys = [(args.seed, step, rank * P + i, 0) for i in range(P)]
         traj = sample_groups(chosen, keys, args, showo)                         # Eq. 1-9
@@ -414,7 +421,7 @@ def main():
             n_again = sample_again(chosen, keys, traj, rewards, sample_filter, args, *models,
                                    reward)
         times.append(common.now(device))
-        adv, sound = advantages(rewards["reward"], traj)                        # Eq. 12, (B,)
+        adv, sound = advantages(rewards, reward.weights, traj)                  # Eq. 12, (B,)
         for group in optimizer.param_groups:
             group.update(lr=learning_rate(step, args), weight_decay=args.weight_decay)
         numbers = update(step, chosen, traj, adv, sound, args, showo, reference, optimizer)
@@ -431,12 +438,14 @@ def main():
                   "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30})     # 0 on a CPU
         bad_steps = 0 if numbers["taken"] else bad_steps + 1
         if bad_steps == 20:
-            raise SystemExit("20 steps in a row were not taken, something in them is not finite: "
+            raise SystemExit("20 steps in a row were not taken (no score, or not finite): "
                              f"go on from a checkpoint in {out}, with a smaller --lr")
 
     if stopped:
         log.say(f"stopped by a signal after step {step}; go on with --resume --out {out}")
     log.close()
+    if stopped:
+        sys.exit(128 + stopped)         # `train.py && ...` does not go on
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python results/world.py                                 # a minute or two; world.json
     python results/world.py --ckpt runs/NAME/checkpoint-45 --json after.json
 
-base: GenEval's rule (official), the exact rule, and objects drawn and asked for, by family (mean:
+base: GenEval's rule (official), and the stricter ones, by family (mean:
 of the families, not of the prompts); 63 held-out prompts x --n pictures. order: the share of all
 tokens, and of all objects, that each iteration places, and the policy's entropy at the tokens that
 it places, in nats. clip: how often the CLIP ranks a right picture over a wrong one, by family. Four

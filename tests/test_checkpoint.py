@@ -4,6 +4,7 @@ bit the same.
 Started as a script, test_checkpoint.py OUT: a run of train.py that is killed (SIGKILL) six times,
 in rollout, update and saving by turns, each time at a random moment, and continued with --resume;
 beside it the same run in one piece."""
+import gc
 import json
 import os
 import random
@@ -41,7 +42,8 @@ def weights(folder):
 
 
 def trainer(folder):
-    return torch.load(folder / "trainer.pt", weights_only=True)
+    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
+    return torch.load(folder / "trainer.pt", weights_only=True) | {"optimizer": optimizer}
 
 
 def equal(a, b):
@@ -83,10 +85,17 @@ def test_going_back_to_a_checkpoint_keeps_the_later_ones(monkeypatch, tmp_path):
     run = tmp_path / "run"
     call(monkeypatch, "--out", run, "--steps", 3)
     rows, last = metrics(run), weights(run / "checkpoint-3")
-    call(monkeypatch, "--resume", run / "checkpoint-1", "--steps", 3)
+    call(monkeypatch, "--resume", run / "checkpoint-2", "--steps", 3)
     assert metrics(run) == rows and equal(weights(run / "checkpoint-3"), last)
-    kept = sorted(folder.name.split("-")[1] for folder in run.glob("checkpoint-*.replaced-*"))
-    assert kept == ["2.replaced", "3.replaced"]
+    kept = [folder.name.split("-")[1] for folder in run.glob("checkpoint-*.replaced-*")]
+    assert kept == ["3.replaced"]
+    for folder in checkpoint.checkpoints(run):      # weights of all, the optimizer of two
+        assert (folder / "optimizer.pt").exists() == (folder.name != "checkpoint-1")
+        load_showo(folder)
+    with pytest.raises(SystemExit, match="optimizer's state is kept with the newest two checkpoints"
+                       " alone; begin anew from its weights, with --ckpt .*checkpoint-1"):
+        call(monkeypatch, "--resume", run / "checkpoint-1", "--steps", 3)
+    gc.collect()
     call(monkeypatch, "--out", tmp_path / "other", "--steps", 3, "--seed", 43)
     assert metrics(tmp_path / "other") != rows
 
@@ -102,7 +111,7 @@ def test_killed_six_times_it_is_still_the_same_run(tmp_path):
     assert not list((tmp_path / "killed").glob(".*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_signals_stop_at_a_step_boundary_and_the_run_goes_on(monkeypatch, tmp_path, capsys, number):
     flags, steps = ("--save-every", 0), []
     call(monkeypatch, "--out", tmp_path / "straight", *flags)
@@ -114,7 +123,11 @@ def test_signals_stop_at_a_step_boundary_and_the_run_goes_on(monkeypatch, tmp_pa
             os.kill(os.getpid(), number)
         return plain(step, *rest)
     monkeypatch.setattr(train, "update", update)
-    call(monkeypatch, "--out", tmp_path / "run", *flags)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "--out", tmp_path / "run", *flags)
+    assert end.value.code == 128 + number
+    del end
+    gc.collect()            # its lock goes with it
     assert steps == [0, 1] and "stopped by a signal after step 2" in capsys.readouterr().out
 
     monkeypatch.setattr(train, "update", plain)
@@ -162,10 +175,10 @@ def test_a_resume_that_fails_takes_nothing_back(monkeypatch, tmp_path):
     """Rows and checkpoints after the step that --resume names go only when the run goes on."""
     run = tmp_path / "run"
     call(monkeypatch, "--out", run, "--steps", 3)
-    path = run / "checkpoint-1/pytorch_model.safetensors"
+    path = run / "checkpoint-2/pytorch_model.safetensors"
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(Exception, match="(?i)header|incomplete|buffer"):     # safetensors' own
-        call(monkeypatch, "--resume", run / "checkpoint-1", "--steps", 3)
+        call(monkeypatch, "--resume", run / "checkpoint-2", "--steps", 3)
     assert len(metrics(run)) == 3 and len(checkpoint.checkpoints(run)) == 3
 
 
@@ -196,8 +209,8 @@ def test_steps_that_are_not_finite_are_not_taken_and_end_the_run(monkeypatch, tm
     run, plain = tmp_path / "run", train.clipped_objective
     monkeypatch.setattr(train, "clipped_objective", lambda *a: plain(*a) * float("nan"))
     flags = ("--steps", 30, "--prompts-per-step", 2, "--unmask-steps", 2, "--micro-batch", 99)
-    with pytest.raises(SystemExit, match="20 steps in a row were not taken, something in them is "
-                       f"not finite: go on from a checkpoint in {run}, with a smaller --lr"):
+    with pytest.raises(SystemExit, match="20 steps in a row were not taken .no score, or not "
+                       f"finite.: go on from a checkpoint in {run}, with a smaller --lr"):
         call(monkeypatch, "--out", run, *flags)
     rows = metrics(run)
     assert [row["taken"] for row in rows] == [0] * 20 and rows[0]["grad_norm"] is None
@@ -237,7 +250,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(monkeypatch, tmp_path):
     run, plain, met = tmp_path / "run", train.sample_groups, []
 
     def sample_groups(*args):
-        other = SimpleNamespace(model="shapes", out=str(run), resume="auto")
+        other = SimpleNamespace(model="shapes", seed=1, out=str(run), resume="auto")
         with pytest.raises(SystemExit, match="another run is in it; wait for it, or end it"):
             checkpoint.open_run(other, 0)
         met.append(1)

@@ -24,11 +24,11 @@ def test_settings_of_the_sampler_depend_on_the_model(monkeypatch):
         common.add_sampling_flags(p)
         args = p.parse_args()
         return {name: getattr(args, name) for name in common.SAMPLING}
-    noise = {"temperature": 1.0, "schedule": "cosine", "annealing": "compound"}
-    assert settings() == {"T": 50, "guidance": 5.0, "batch": 8, **noise}
-    assert settings("--model", "shapes") == {"T": 12, "guidance": 0.0, "batch": 256, **noise}
-    given = settings("--steps", "3", "--cfg", "0", "--batch", "2", "--schedule", "linear")
-    assert given == {"T": 3, "guidance": 0, "batch": 2, **noise, "schedule": "linear"}
+    assert settings() == {"T": 50, "guidance": 5.0, "batch": 8, "temperature": 1.0}
+    tiny = settings("--model", "shapes")
+    assert tiny == {"T": 12, "guidance": 0.0, "batch": 256, "temperature": 1.0}
+    given = settings("--steps", "3", "--cfg", "0", "--batch", "2", "--temperature", "0.5")
+    assert given == {"T": 3, "guidance": 0, "batch": 2, "temperature": 0.5}
 
 
 def test_one_process_is_the_first_of_one(monkeypatch):
@@ -108,9 +108,9 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     monkeypatch.setattr(common, "time", clock)
     monkeypatch.setattr(common.os, "_exit", ended.append)
     stop = common.StopSignal()
-    assert not stop.asked
+    assert not stop.number
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.asked and ended == []
+    assert stop.number == signal.SIGTERM and ended == []
     for clock.now in (100.0, 100.9):                # the same one, passed on by torchrun
         os.kill(os.getpid(), signal.SIGTERM)
         assert ended == []
@@ -141,8 +141,13 @@ def test_prompt_files_of_other_systems(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b'{"prompt": "x"}\nnot json\n', 'number 2 has no "prompt"'),
-    ("b.jsonl", b'{"text": "x"}', 'number 1 has no "prompt"'),
+    ("a.jsonl", b'{"prompt": "x"}\nnot json\n', "cannot be read .Expecting value"),
+    ("b.jsonl", b'{"prompt": "x"}\n{"short": "x", "long": "y"}',
+     "number 2 has no prompt, but short, long; name one: .*b.jsonl:KEY"),
+    ("c.csv", b"a cat,1\na dog,2\n", "number 1 has no prompt, but a cat, 1"),
+    ("d.json", b'{"a": ["x"]}', "number 1 has no prompt, but a; name one"),
+    ("e.json", b'["x", 3]', "number 2 has no prompt, but 3"),
+    ("f.jsonl", b'{"prompt": null}', "number 1 has no prompt"),
     ("c.txt", b" \n", "there is no prompt in it"),
     ("d.parquet", b"", "wanted .txt"), ("e.txt", None, "cannot be read")])
 def test_bad_prompt_files_are_said(tmp_path, name, content, message):
@@ -194,19 +199,6 @@ def test_other_processes_log_nothing(monkeypatch, tmp_path, capsys):
     own.say("hello")
     said = capsys.readouterr()
     assert said.out == said.err == "" and list(tmp_path.iterdir()) == []
-
-
-def test_weights_and_biases_get_the_same_rows(monkeypatch, tmp_path):
-    sent = []
-
-    def init(**settings):
-        sent.append(settings)
-        return SimpleNamespace(log=lambda values, step: sent.append((values, step)))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    own = log(tmp_path, wandb="project", seed=1)
-    own.evaluation({"step": 2, "overall": math.nan})
-    assert sent[0]["project"] == "project" and sent[0]["config"]["seed"] == 1
-    assert sent[1] == ({"eval/step": 2, "eval/overall": None}, 2)
 
 
 # ------------------------------------------------------------------------------ pictures

@@ -75,7 +75,7 @@ def two(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_policy", recorded)
         patch.setattr(train, "SampleFilter", early_filter)
-        patch.setattr(common, "StopSignal", lambda: SimpleNamespace(asked=0))   # no handlers
+        patch.setattr(common, "StopSignal", lambda: SimpleNamespace(number=0))   # no handlers
         GRADIENTS.clear()
         call(patch, "--out", out / "one", "--prompts-per-step", 8, *EVALUATED)
         gradients_of_one = list(GRADIENTS)
@@ -93,13 +93,13 @@ def weights(folder):
     return load_file(folder / "pytorch_model.safetensors")
 
 
-def trainer(folder):
-    return torch.load(folder / "trainer.pt", weights_only=True)
+def trainer(folder, name="trainer"):
+    return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
 def moments(folder):
     """Return the optimizer's tensors by parameter and kind."""
-    state = trainer(folder)["optimizer"]["state"]
+    state = trainer(folder, "optimizer")["state"]
     kinds = {"step", "exp_avg", "exp_avg_sq"}
     assert all(tensors.keys() == kinds for tensors in state.values())
     return {(i, kind): state[i][kind] for i in state for kind in kinds}
@@ -279,7 +279,7 @@ class Spoilt:
 
     def __init__(self, reward, value, ranks, n_pictures):
         self.reward, self.value, self.ranks, self.left = reward, value, ranks, n_pictures
-        self.spec = reward.spec
+        self.spec, self.weights = reward.spec, {"reward": 1.0}
 
     def score(self, images, examples, n=1):
         scores = self.reward.score(images, examples, n)
@@ -357,7 +357,9 @@ def main(out):
     (out / f"never-finite-{common.rank()}.txt").write_text(str(error.value))
 
     train.update = ask_to_stop
-    scenario("asked", "--steps", 5, "--save-every", 0)
+    with pytest.raises(SystemExit) as error:
+        scenario("asked", "--steps", 5, "--save-every", 0)
+    assert error.value.code == 128 + signal.SIGTERM
     common.barrier()
     dist.destroy_process_group()
     os._exit(0)

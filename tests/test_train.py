@@ -117,7 +117,7 @@ def test_eq_14_with_a_kl_does_not_explode(monkeypatch, tmp_path):
 
 class Asked:
     """A reward that keeps what it is asked, and scores pictures 0 and 1 by turns."""
-    spec, asked = "asked", []
+    spec, weights, asked = "asked", {"reward": 1.0}, []
 
     def score(self, images, examples, n=1):
         self.asked += [example["prompt"] for example in examples for _ in range(n)]
@@ -200,7 +200,7 @@ def rollouts(showo, T, seed):
 
 
 def run_update(showo, traj, args, reference, optimizer, rewards=REWARDS):
-    adv, sound = train.advantages(rewards, traj)
+    adv, sound = train.advantages({"x": rewards, "reward": rewards}, {"x": 1.0}, traj)
     return train.update(0, EXAMPLES, traj, adv, sound, args, showo, reference, optimizer)
 
 
@@ -310,7 +310,7 @@ def test_a_picture_without_a_score_and_a_group_without_sound_logits_are_left_out
     rewards = REWARDS.clone()
     rewards[0, 1] = math.nan
     traj.threshold[9, 2] = math.nan         # of the third group
-    adv, sound = train.advantages(rewards, traj)
+    adv, sound = train.advantages({"x": rewards, "reward": rewards}, {"x": 1.0}, traj)
     assert sound.tolist() == [True, False, True, True] + 4 * [True] + 4 * [False]
     torch.testing.assert_close(adv[[0, 2, 3]], group_advantages(rewards[:1, [0, 2, 3]])[0])
     assert (adv[~sound] == 0).all() and (adv[sound] != 0).all()
