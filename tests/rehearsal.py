@@ -135,11 +135,12 @@ def make_work(work):
     lines = [json.dumps(example) + "\n" for example in eval_geneval.geneval_prompts()[::180]]
     (work / "eval.jsonl").write_text("".join(lines))
     (work / "coco.txt").write_text("a cat\ntwo dogs in the snow\n")
+    (work / "train.json").write_text(json.dumps([{"caption": "a cat"}, {"caption": "a fox"}]))
     state = load_file(DATA / "showo/checkpoint/pytorch_model.safetensors")
     torch.save(state, work / "mycheckpoint.pth")
     (work / "val2014").mkdir()
-    for i in range(2):
-        noise = torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8)
+    for i in range(2):                      # of two sizes, as in MS-COCO
+        noise = torch.randint(0, 256, (3, 40 + 10 * i, 30), dtype=torch.uint8)
         common.to_pil(noise).save(work / f"val2014/{i}.png")
 
 
@@ -197,7 +198,7 @@ def commands():
 def shrink(words, out):
     """Return a command with small numbers, its new results in the folder out."""
     script, *flags = words
-    flags = [flag.replace("checkpoint-1000", "checkpoint-2") for flag in flags]
+    flags = [flag.replace("checkpoint-625", "checkpoint-2") for flag in flags]
     if common.world() == 1:
         flags = [flag for flag in flags if flag != "--zero"]
     if "--gpu" in flags:

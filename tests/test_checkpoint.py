@@ -1,7 +1,7 @@
 """Saving, resuming, stopping: what was saved is whole, whatever happens, and a run goes on bit by
 bit the same.
 
-Started as a script, test_checkpoint.py OUT: a run of train.py that is killed (SIGKILL) six times,
+Started as a script, test_checkpoint.py OUT: a run of train.py that is killed (SIGKILL) four times,
 in rollout, update and saving by turns, each time at a random moment, and continued with --resume;
 beside it the same run in one piece."""
 import gc
@@ -100,12 +100,12 @@ def test_going_back_to_a_checkpoint_keeps_the_later_ones(monkeypatch, tmp_path):
     assert metrics(tmp_path / "other") != rows
 
 
-def test_killed_six_times_it_is_still_the_same_run(tmp_path):
+def test_killed_four_times_it_is_still_the_same_run(tmp_path):
     done = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = json.loads(done.stdout)
-    assert len(steps) == 6 and steps == sorted(steps) and 2 < steps[-1] < 12
+    assert len(steps) == 4 and steps == sorted(steps) and 0 < steps[-1] < 12
     same(tmp_path / "straight", tmp_path / "killed")
     assert len(checkpoint.checkpoints(tmp_path / "killed")) == 2        # --keep-last
     assert not list((tmp_path / "killed").glob(".*"))
@@ -329,7 +329,7 @@ def main(out):
     straight, killed = out / "straight", out / "killed"
     dice, begun = random.Random(0), []
     seconds = finish(*start(straight))
-    for i in range(6):
+    for i in range(4):
         letter = list(PHASES)[i % 3]
         child, pipe = start(killed, *(["--resume"] if i else []))
         kill(child, pipe, letter, dice.choice([1, 2]), dice.uniform(0, seconds[letter]))

@@ -145,11 +145,6 @@ def test_every_reward_scores_pictures_of_a_gpu(one):
         torch.testing.assert_close(on_gpu, on_cpu, atol=2e-2, rtol=1e-2)    # half against float32
 
 
-def test_bench(one):
-    assert len(found(one, "ladder")["forward_ms"]) == 5
-    assert found(one, "memory")["update_peak_gb"].keys() == {"ours"}
-
-
 
 def test_the_check_for_a_card_runs_whole(one):
     found_there = found(one, "gpu_check")
@@ -338,7 +333,6 @@ def main_of_one(out):
     """Go through the scripts in one process."""
     import pretend_gpu
     sys.path.insert(0, str(ROOT / "results"))
-    import bench
     import gpu_check
     waits = {"planted in rollout": planted_wait()}
 
@@ -365,10 +359,6 @@ def main_of_one(out):
         found = {"rewards": scores()}
         call(eval_geneval.main, "eval_geneval.py", "--steps", 2, "--n", 1, "--prompts",
              work / "eval.jsonl", "--no-compile", "--out", out / "geneval")
-    bench.in_own_process = lambda function, *args: function(*args)
-    tiny = ("--size", "shapes", "--repeat", 1, "--device", "cuda")
-    for what, *more in (("ladder",), ("memory", "--who", "ours")):
-        call(bench.main, "bench.py", what, *tiny, *more, "--json", out / f"{what}.json")
     call(gpu_check.main, "gpu_check.py", "--size", "tiny", "--no-compile", "--json",
          out / "gpu_check.json")
 
@@ -383,8 +373,7 @@ def main_of_two(out):
     """Go through what two processes do."""
     place = common.setup()
     common.setup = lambda device: place
-    flags = ["train.py", *FLAGS, "--prompts-per-step", 2, "--no-kl", "--eval-every", 2,
-             *few_prompts(out)]
+    flags = ["train.py", *FLAGS, "--prompts-per-step", 2, "--no-kl"]
     call(train.main, *flags, "--out", out / "plain")
     call(train.main, *flags, "--out", out / "zero", "--zero")
     call(sample.main, "sample.py", "--model", "shapes", "--prompt", "a photo of a red circle",

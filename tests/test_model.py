@@ -231,7 +231,7 @@ def test_a_compiled_block_computes_the_same():
     assert names < set(load_showo("shapes").state_dict()) and not any("orig" in n for n in names)
 
 
-@pytest.mark.parametrize("settings", [{}, {"grad_checkpoint": True}, {"lora": 2}])
+@pytest.mark.parametrize("settings", [{}, {"lora": 2}])
 def test_blocks_compile_once(monkeypatch, settings):
     """A graph for all layers, and one for the last layer's positions; none for other numbers of
     rows, of positions, or lengths of text; one more each for padding, and without gradients."""

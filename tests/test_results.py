@@ -1,8 +1,6 @@
 """Every script beside the code runs, at its smallest size, and writes what it says."""
 import importlib
 import json
-import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -44,12 +42,8 @@ def bench(call, out, what, *flags):
 
 # ------------------------------------------------------------------------------------- bench.py
 
-def test_bench_speed(tmp_path):
-    """In a process of its own, as a user starts it."""
-    words = ["results/bench.py", *SMALLEST, "--unmask-steps", 4, "--json", tmp_path / "a.json"]
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, timeout=300,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-    found = json.loads((tmp_path / "a.json").read_text())
+def test_bench_speed(call, tmp_path):
+    found = bench(call, tmp_path, "speed", "--unmask-steps", 4)
     assert found["log_prob_relative_difference"] < 1e-4
     assert found["same_codes_as_plain"] == 1
     assert {"size", "device", "torch", "T", "G", "transition", "repeat", "images_per_s",
