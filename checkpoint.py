@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin", "model.bin")
 TOKENIZER = ("*token*", "vocab*", "merges.txt")     # a tokenizer's files
@@ -65,18 +66,21 @@ def read_weights(path, device="cpu", dtype=None) -> dict:
     if not path.exists():
         raise SystemExit(f"{path}: there is no such file of weights")
     if path.suffix == ".safetensors":
-        state = load_file(path)             # memory-mapped
+        file = safe_open(path, "pt")
+        read, names = file.get_tensor, list(file.keys())
     else:
         new = zipfile.is_zipfile(path)      # only then can it be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=new)
         for key in ("state_dict", "model", "module"):           # of other trainers, and DeepSpeed
             state = state[key] if isinstance(state.get(key), dict) else state
+        read, names = state.get, list(state)
     weights = {}
-    for name, weight in state.items():      # cast and moved one by one
+    for name in names:      # read, cast and moved one by one
+        weight = read(name)
         if isinstance(weight, torch.Tensor):
             name = re.sub(r"^((module|_orig_mod)\.)+", "", name)        # DDP, torch.compile
             weights[name] = weight.to(device, dtype if weight.is_floating_point() else None)
-    return weights or sys.exit(f"{path}: holds no weights, but {', '.join(map(str, state))[:99]}")
+    return weights or sys.exit(f"{path}: holds no weights, but {', '.join(map(str, names))[:99]}")
 
 
 def load_strict(model, state, path):

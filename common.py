@@ -37,9 +37,15 @@ def add_model_flags(add):
 SAMPLING = ("T", "guidance", "temperature", "batch")    # for generate()
 
 
-def add_sampling_flags(p):
+def is_tiny(p) -> bool:
+    """Return whether the --model given is the tiny base; p: a parser that is not yet whole."""
     from model import is_shapes
-    tiny, add = is_shapes(p.parse_known_args()[0].model), p.add_argument
+    words = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+    return is_shapes(p.parse_known_args(words)[0].model)
+
+
+def add_sampling_flags(p):
+    tiny, add = is_tiny(p), p.add_argument
     add("--steps", type=int, default=12 if tiny else 50, dest="T", help="iterations")
     add("--cfg", type=float, default=0.0 if tiny else 5.0, dest="guidance", help="0 = none")
     add("--temperature", type=float, default=1.0, help="of the Gumbel noise")

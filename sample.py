@@ -251,7 +251,7 @@ def main():
     p.add_argument("--prompt", action="append", default=[], help="can be given several times")
     p.add_argument("--prompts", help='a file: txt, a prompt a line, or jsonl with "prompt"')
     p.add_argument("--images-per-prompt", "--n", type=int, default=1, dest="n",
-                   help="under torchrun, --n is not understood")
+                   help="(torchrun takes --n for one of its own flags)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default=time.strftime("sample-%Y%m%d-%H%M%S.png"), type=Path,
                    help="a .png, or a folder, in which pictures that are there are kept")

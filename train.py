@@ -105,7 +105,7 @@ def parse_args():
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
 
     p.set_defaults(**PRESETS["showo"])
-    p.set_defaults(**PRESETS["shapes" if is_shapes(p.parse_known_args()[0].model) else "showo"])
+    p.set_defaults(**PRESETS["shapes" if common.is_tiny(p) else "showo"])
     args = p.parse_args()
     if (args.loss_steps or 0) > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
@@ -441,10 +441,9 @@ def main():
             raise SystemExit("20 steps in a row were not taken (no score, or not finite): "
                              f"go on from a checkpoint in {out}, with a smaller --lr")
 
-    if stopped:
-        log.say(f"stopped by a signal after step {step}; go on with --resume --out {out}")
     log.close()
     if stopped:
+        log.say(f"stopped by a signal after step {step}; go on with --resume --out {out}")
         sys.exit(128 + stopped)         # `train.py && ...` does not go on
 
 

@@ -54,9 +54,10 @@ def recorded(*args):
 
 # ------------------------------------------------------------------------------ the tests
 
-def torchrun(*command):
-    """Start two processes as a user does -> subprocess.Popen."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def torchrun(*command, n=2):
+    """Start n processes as a user does -> subprocess.Popen."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n]
+    start = map(str, start)
     return subprocess.Popen([*start, *map(str, command)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, cwd=ROOT,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -82,6 +83,16 @@ def two(tmp_path_factory):
         spoil_rewards(0.0, (), 0)
         call(patch, "--out", out / "no-scores-at-1-as-one", "--no-filter-low", "--steps", 1)
         train.make_reward = PLAIN["make_reward"]
+        (out / "few.txt").write_text("a photo of a star\na photo of two moons\na heart\n" * 2)
+        few = ("--prompts", out / "few.txt", "--no-filter-low", "--reward", "clip:shapes/clip")
+        call(patch, "--out", out / "three-as-one", "--prompts-per-step", 6, *few)
+        started = torchrun(ROOT / "train.py", *FLAGS, "--out", out / "three", "--prompts-per-step",
+                           2, *few, n=3)
+        _, errors = started.communicate(timeout=300)
+        assert started.returncode == 0, errors[-3000:]
+        shutil.copytree(out / "three", out / "three-then-one",
+                        ignore=lambda *_: ["checkpoint-2"])
+        call(patch, "--out", out / "three-then-one", "--prompts-per-step", 6, "--resume", *few)
     torch.save(gradients_of_one, out / "one.pt")
     started = torchrun(__file__, out)
     _, errors = started.communicate(timeout=300)
@@ -178,6 +189,15 @@ def test_one_process_goes_on_where_two_were(two, tmp_path, monkeypatch, run):
     call(monkeypatch, "--out", tmp_path / run, "--resume", "--prompts-per-step", 8)
     near(weights(two / "two/checkpoint-2"), weights(tmp_path / run / "checkpoint-2"))
     near(moments(two / "two/checkpoint-2"), moments(tmp_path / run / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("run", ["three", "three-then-one", "three-then-two"])
+def test_three_processes_and_prompts_that_stand_twice(two, run):
+    """A group's reward depends on its place among all prompts, not on who takes it."""
+    wanted, rows = metrics(two / "three-as-one"), metrics(two / run)
+    assert [row["reward_mean"] for row in rows] == pytest.approx(
+        [row["reward_mean"] for row in wanted], rel=1e-5)
+    near(weights(two / "three-as-one/checkpoint-2"), weights(two / run / "checkpoint-2"))
 
 
 def test_processes_that_filter_differently_stay_together(two):
@@ -337,6 +357,8 @@ def main(out):
     continued("zero", "zero-then-zero", "--zero")
     continued("zero", "zero-then-two")
     continued("one", "one-then-zero", "--zero")
+    continued("three", "three-then-two", "--prompts-per-step", 3, "--no-filter-low", "--prompts",
+              out / "few.txt", "--reward", "clip:shapes/clip")
 
     spoil_rewards(0.0, (1,), 1000)      # its groups lie under the bar, as soon as there is one
     train.SampleFilter = lambda **_: SampleFilter(percentile=50, warmup=6)

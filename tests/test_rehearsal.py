@@ -1,14 +1,11 @@
-"""The rehearsal of a GPU user's workflow (rehearsal.py): in this process, in two, and the README's
-main command itself, with tiny models in the hub's cache under the real names."""
-import os
-import subprocess
-import sys
+"""The rehearsal of a GPU user's workflow (rehearsal.py), with tiny models in the hub's cache under
+the real names."""
 from types import SimpleNamespace
 
 import pytest
 import rehearsal
 import torch
-from conftest import ROOT, metrics, read_json
+from conftest import metrics, read_json
 
 import eval_geneval
 import train
@@ -70,20 +67,3 @@ def test_geneval_is_evaluated_on_a_slice_of_the_official_prompts(work):
     _, _, examples, _ = train.load_task(args, torch.device("cpu"))
     assert len(examples) == 62 and all(e in eval_geneval.geneval_prompts() for e in examples)
     assert len({e["tag"] for e in examples}) == 6
-
-
-def torchrun(n, *command, **more):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n]
-    return subprocess.run([*map(str, start), *map(str, command)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})}, **more)
-
-
-def test_the_main_command_with_the_hub_s_cache(home, tmp_path):
-    """In two processes, for the time of it; rehearsal.py has the line for eight."""
-    done = torchrun(2, ROOT / "train.py", "--no-kl", "--filter-low", "--steps", 1,
-                    "--unmask-steps", 4, "--eval-unmask-steps", 2, "--out", tmp_path / "run",
-                    env={"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    row, = metrics(tmp_path / "run")
-    assert row["ratio_mean"] == 1 and row["taken"] == 1
-    assert [f.name for f in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
