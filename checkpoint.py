@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin", "model.bin")
 TOKENIZER = ("*token*", "vocab*", "merges.txt")     # a tokenizer's files
 # a resumed run must have these flags as it had them
-FIXED = ("model", "group_size", "unmask_steps", "transition", "inner_epochs", "kl", "lora", "seed")
+FIXED = ("model", "ckpt", "group_size", "unmask_steps", "transition", "inner_epochs", "kl", "lora",
+         "seed")
 
 
 def fetch(path_or_hub_id, *files) -> Path:
@@ -71,7 +72,7 @@ def read_weights(path, device="cpu", dtype=None) -> dict:
     else:
         new = zipfile.is_zipfile(path)      # only then can it be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=new)
-        for key in ("state_dict", "model", "module"):           # of other trainers, and DeepSpeed
+        for key in ("state_dict", "model_state_dict", "model", "module"):   # other trainers
             state = state[key] if isinstance(state.get(key), dict) else state
         read, names = state.get, list(state)
     weights = {}
@@ -136,8 +137,9 @@ def open_run(args, rank):
     if args.resume == "auto":
         folder = (checkpoints(out) or [None])[-1]       # None: the run ended before it saved
     rows, own = out / "metrics.jsonl", folder and folder.resolve().parent == out.resolve()
-    if args.resume and not (folder or rows).exists():
-        raise SystemExit(f"--resume: there is no {folder or f'run in {out}'}")
+    if args.resume and not (folder / "trainer.pt" if folder else rows).exists():
+        what = f"checkpoint {folder}" if folder else f"run in {out}"
+        raise SystemExit(f"--resume: there is no {what}")
     lock = FileLock(out / "lock", fallback_to_soft=False)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=bool(args.out or folder))

@@ -158,8 +158,9 @@ class StopSignal:
     def __init__(self):
         self.number, self.since = 0, 0.0
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-            if hasattr(signal, name):       # Windows has the first two
-                signal.signal(getattr(signal, name), self.handle)
+            number = getattr(signal, name, None)    # Windows has two of them; nohup ignores HUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         if self.number and time.monotonic() - self.since > 1:
@@ -186,10 +187,14 @@ def read_prompts(path) -> list[dict]:
         text = Path(file).read_text("utf-8-sig")
         rows = [line for line in text.split("\n") if line.strip()]
         if kind in (".csv", ".tsv"):
-            rows = list(csv.DictReader(io.StringIO(text), delimiter=",\t"[kind == ".tsv"]))
+            try:
+                rows = list(csv.DictReader(io.StringIO(text), delimiter=",\t"[kind == ".tsv"],
+                                           strict=kind == ".tsv"))
+            except csv.Error:       # a .tsv whose quotes are text, as PartiPrompts'
+                rows = list(csv.DictReader(io.StringIO(text), delimiter="\t", quoting=3))
         elif kind != ".txt":
             rows = json.loads(text) if kind == ".json" else [json.loads(line) for line in rows]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise SystemExit(f"{path}: cannot be read ({error})") from None
     examples = []
     for row in rows if isinstance(rows, list) else [rows]:
@@ -197,8 +202,9 @@ def read_prompts(path) -> list[dict]:
         names = {str(name).lower(): name for name in row} if isinstance(row, dict) else {}
         name = key or next((names[k] for k in KEYS if k in names), None)
         if not names or not isinstance(row.get(name), str):
-            raise SystemExit(f"{path}: number {len(examples) + 1} has no prompt, but "
-                             f"{', '.join(names.values()) or repr(row)[:60]}; name one: {file}:KEY")
+            has = ", ".join(map(str, names.values())) or repr(row)
+            raise SystemExit(f"{path}: number {len(examples) + 1} has no prompt, but {has[:99]}; "
+                             f"name one: {file}:KEY")
         examples.append({**row, "prompt": row[name].strip()})
     return [e for e in examples if e["prompt"]] or sys.exit(f"{path}: there is no prompt in it")
 

@@ -249,7 +249,7 @@ def main():
     p = argparse.ArgumentParser(description="Draw pictures: a PNG grid, or a folder of PNGs.")
     p.error = sys.exit
     p.add_argument("--prompt", action="append", default=[], help="can be given several times")
-    p.add_argument("--prompts", help='a file: txt, a prompt a line, or jsonl with "prompt"')
+    p.add_argument("--prompts", help="a file, see common.read_prompts; FILE:KEY")
     p.add_argument("--images-per-prompt", "--n", type=int, default=1, dest="n",
                    help="(torchrun takes --n for one of its own flags)")
     p.add_argument("--seed", type=int, default=0)

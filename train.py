@@ -293,7 +293,7 @@ def evaluate(step, examples, args, showo, magvit, judge, out) -> dict:
                           T=args.eval_unmask_steps, guidance=args.eval_guidance, seeds=mine,
                           batch=args.micro_batch)
         scores = judge.score(images, [examples[i] for i in mine], n)
-        rows = [(i, {name: x[k * n:(k + 1) * n].mean().item() for name, x in scores.items()})
+        rows = [(i, {name: x[k * n:(k + 1) * n].nanmean().item() for name, x in scores.items()})
                 for k, i in enumerate(mine)]
     if common.rank() == 0:
         some = list(range(0, len(images), max(n, len(images) // 12)))[:12]
@@ -304,9 +304,12 @@ def evaluate(step, examples, args, showo, magvit, judge, out) -> dict:
     by_tag = {}
     for i, values in sorted(common.all_lists(rows), key=lambda row: row[0]):
         by_tag.setdefault(examples[i].get("tag", ""), []).append(values)
-    means = {tag: {name: sum(v[name] for v in group) / len(group) for name in group[0]}
-             for tag, group in by_tag.items()}
-    overall = {name: sum(m[name] for m in means.values()) / len(means) for name in values}
+
+    def mean(rows):         # of those that have a score
+        return {name: torch.tensor([row[name] for row in rows]).double().nanmean().item()
+                for name in rows[0]}
+    means = {tag: mean(group) for tag, group in by_tag.items()}
+    overall = mean(list(means.values()))
     return {"step": step, "overall": overall.pop("reward"), **overall,
             **{tag: m["reward"] for tag, m in means.items() if tag}}
 

@@ -50,6 +50,7 @@ TABLE = 'Prompts,Category\n"a cat, asleep",Animals\n"a ""red"" dog\non grass",Co
     ("hps.json", '["a cat", "a dog"]', ["a cat", "a dog"]),
     ("wise.json", '[{"Prompt": "a cat", "Category": 3}]', ["a cat"]),
     ("parti.tsv", "Prompt\tCategory\tNote\na cat\tX\t\na dog\tY\tz\n", ["a cat", "a dog"]),
+    ("quotes.tsv", 'Prompt\tX\n"G I" painted\ta\na "b\tc\n', ['"G I" painted', 'a "b']),
     ("draw.csv", TABLE, ["a cat, asleep", 'a "red" dog\non grass']),
     ("tiif.jsonl:long", '{"short": "a", "long": "b c"}\n', ["b c"]),
     ("wide.csv:Note", "Prompt,Note\na,b\n", ["b"]),
@@ -105,7 +106,8 @@ def test_the_tokenizer_s_files_are_such_as_transformers_4_reads(tmp_path, base):
 
 @pytest.mark.parametrize("names, wanted", [
     (["a cat_000000.png", "a cat_000001.png", "a dog_000000.png", "a dog_000001.png"], "ccdd"),
-    (["a cat.jpg", "a dog.JPEG"], "cd"),
+    (["a cat.jpg", "a dog.JPEG"], "cd"), (["a cat/0.png", "a dog/0.png"], "cd"),
+    (["00000/grid.png", "00000/samples/0.png", "00001/samples/0.png"], ".cd"),
     (["000000-00.png", "000000-01.png", "000001-00.png", "000001-01.png"], "ccdd"),
     (["42_0.png", "42_1.png", "43_0.png", "43_1.png"], "cdcd"),        # the seed comes first
     (["seed0-0.png", "seed0-1.png", "seed1-0.png", "seed1-1.png"], "cdcd"),
@@ -216,7 +218,9 @@ def test_parts_are_normalised_in_their_groups_before_they_are_added():
     ("Final Score is 4", 4), ("Final Score：4", 4), ("FINAL SCORE: **3.5**/5", 3.5),
     ("Final Score, from 1 (worst) to 5 (best): 4", 4), ("Final Score (scale: 1-5): 2", 2),
     ("Final Score: 1. No! Final Score: 5.", 5), ("Final Score:\n4", 4), ("final score = 4 !", 4),
-    ("Final Score: 4 out of 5", 4), ("Final Score: -1", None), ("Final Score: 4/10", None),
+    ("Final Score: 4 out of 5", 4), ("Final Score (max: 5): 4", 4), ("Final Score: 3 to 4", None),
+    ("Final Score: **4**/10", None), ("Final Score: 4 (out of 10)", None),
+    ("Final Score: -1", None), ("Final Score: 4/10", None),
     ("Final Score: 4 out of 10", None), ("Final Score: 10", None), ("Final Score: four", None),
     ("Final Score: 3-4", None), ("4", None), ("", None), (None, None)])
 def test_answers_of_judges(said, score):
@@ -234,6 +238,27 @@ def test_names_and_keys_of_chat_servers(monkeypatch, spec, url, model, weight):
     assert (judge.url, judge.model, found) == (url, model, weight)
     assert judge.headers["Authorization"] == "Bearer sk-1"
     assert "Authorization" not in make_reward("http:http://h/").parts[0][2].headers
+
+
+def test_pictures_of_several_processes_go_to_their_prompts(tmp_path):
+    for i in range(4):
+        (tmp_path / f"rank{i % 2}").mkdir(exist_ok=True)
+        (tmp_path / f"rank{i % 2}/{i}.png").touch()
+    assert [found[0].name for found in find_pictures(tmp_path, list("wxyz"))] == [
+        "0.png", "1.png", "2.png", "3.png"]
+
+
+def test_pictures_whose_names_leave_a_prompt_out_are_refused(tmp_path):
+    for name in ("a cat_0.png", "a-dog_0.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit, match="names begin with prompts, but not 1 with each"):
+        find_pictures(tmp_path, ["a cat", "a/dog"])
+
+
+def test_a_judge_without_a_model_is_refused():
+    for spec in ("vlm:http://h:8000/v1", "vlm:localhost:8000/v1:m"):
+        with pytest.raises(SystemExit, match="wanted vlm:http://HOST:PORT/v1:MODEL"):
+            make_reward(spec)
 
 
 def test_a_busy_server_is_asked_again(monkeypatch):
