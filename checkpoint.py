@@ -67,8 +67,10 @@ def read_weights(path, device="cpu", dtype=None) -> dict:
     if not path.exists():
         raise SystemExit(f"{path}: there is no such file of weights")
     if path.suffix == ".safetensors":
-        file = safe_open(path, "pt")
-        read, names = file.get_tensor, list(file.keys())
+        names = list(safe_open(path, "pt").keys())
+
+        def read(name):     # from a mapping of its own, whose pages go when it was moved
+            return safe_open(path, "pt").get_tensor(name)
     else:
         new = zipfile.is_zipfile(path)      # only then can it be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=new)

@@ -152,7 +152,7 @@ def test_two_processes_take_the_step_of_one_with_twice_the_prompts(two):
     assert [row["step"] for row in both] == [0, 2] and one[0] == both[0]
 
 
-@pytest.mark.parametrize("run", ["two-then-two", "zero-then-zero"])
+@pytest.mark.parametrize("run", ["two-then-two"])
 def test_two_processes_resume_bit_by_bit(two, run):
     straight = two / run.split("-")[0]
     assert metrics(two / run) == metrics(straight)
@@ -354,7 +354,6 @@ def main(out):
     scenario("two", *EVALUATED)
     scenario("zero", "--zero")
     continued("two", "two-then-two")
-    continued("zero", "zero-then-zero", "--zero")
     continued("zero", "zero-then-two")
     continued("one", "one-then-zero", "--zero")
     continued("three", "three-then-two", "--prompts-per-step", 3, "--no-filter-low", "--prompts",
