@@ -24,8 +24,7 @@ from safetensors.torch import save_file
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin", "model.bin")
 TOKENIZER = ("*token*", "vocab*", "merges.txt")     # a tokenizer's files
 # a resumed run must have these flags as it had them
-FIXED = ("model", "ckpt", "group_size", "unmask_steps", "transition", "inner_epochs", "kl", "lora",
-         "seed")
+FIXED = "model ckpt group_size unmask_steps transition inner_epochs kl lora seed".split()
 
 
 def fetch(path_or_hub_id, *files) -> Path:
@@ -140,8 +139,7 @@ def open_run(args, rank):
         folder = (checkpoints(out) or [None])[-1]       # None: the run ended before it saved
     rows, own = out / "metrics.jsonl", folder and folder.resolve().parent == out.resolve()
     if args.resume and not (folder / "trainer.pt" if folder else rows).exists():
-        what = f"checkpoint {folder}" if folder else f"run in {out}"
-        raise SystemExit(f"--resume: there is no {what}")
+        raise SystemExit(f"--resume: there is no checkpoint in {folder or out}")
     lock = FileLock(out / "lock", fallback_to_soft=False)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=bool(args.out or folder))
@@ -154,8 +152,7 @@ def open_run(args, rank):
                   " writes into it", file=sys.stderr)
         used = rows.exists() and rows.stat().st_size or checkpoints(out)
         if used and not (own or args.resume == "auto"):
-            raise SystemExit(f"--out {out}: holds another run; go on with --resume, or choose "
-                             "another folder")
+            raise SystemExit(f"--out {out}: holds another run; choose another, or add --resume")
         rows.touch()
     return out, folder, lock
 

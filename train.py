@@ -177,8 +177,7 @@ def advantages(rewards, weights, traj):
     """Return the advantages Float (B,) of rewards {"reward": their sum, part: ...}, Float (P, G)
     each, and the sound rows, Bool (B,): they have a reward, and their group's rollouts met finite
     logits. The others have A = 0. Eq. 12 is for each part of weights {part: weight}; their weighted
-    mean counts (GDPO, arXiv 2601.05242): in a sum the part of the largest spread would drown all.
-    """
+    mean counts (GDPO, arXiv 2601.05242), since in a sum the largest spread would drown all."""
     scored, total = rewards["reward"].isfinite(), sum(map(abs, weights.values()))       # (P, G)
     adv = sum(weight / total * group_advantages(rewards[part].where(scored, math.nan))  # Eq. 12
               for part, weight in weights.items() if weight)

@@ -49,8 +49,12 @@ def metrics(out):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """Signal handlers, left as they were: a run of train.py puts its own there."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Signal handlers, left as they were: a run of train.py puts its own there, but for signals
+    that are ignored, as SIGINT and SIGHUP are in a shell's background."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -162,8 +162,8 @@ def test_what_a_resume_must_not_change(monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match=line):
             call(monkeypatch, "--out", run, "--steps", 2, "--resume", *flags)
     for flags, line in ((["--resume", run / "checkpoint-7"], "--resume: there is no .*-7"),
-                        (["--resume", "--out", tmp_path / "none"], "there is no run in"),
-                        (["--out", run], "holds another run; go on with --resume, or choose")):
+                        (["--resume", "--out", tmp_path / "none"], "there is no checkpoint in"),
+                        (["--out", run], "holds another run; choose another, or add --resume")):
         with pytest.raises(SystemExit, match=line):
             call(monkeypatch, *flags)
     assert [p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()] == before

@@ -119,6 +119,14 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     assert ended == [128 + signal.SIGINT]
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = common.StopSignal()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.number and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 # ------------------------------------------------------------------------------ prompt files
 
 def test_prompt_files(tmp_path):

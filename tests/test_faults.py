@@ -80,7 +80,7 @@ COW = {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "promp
     (train, "--reward nonsense", "^--reward: 'nonsense' is none of clip, "),
     (train, "--reward clip:/nope", "^/nope: no such file or folder here"),
     (train, "--reward geneval:nonsense", "^--reward geneval:nonsense: wanted exact, "),
-    (train, "--resume --out nowhere", "^--resume: there is no run in nowhere$"),
+    (train, "--resume --out nowhere", "^--resume: there is no checkpoint in nowhere$"),
     (train, "--resume", "^--resume: give the run's folder, --out DIR, or --resume "),
     (train, "--device cuda:9", "^--device cuda:9: there is none "),
     (train, "--device tpu", "^--device tpu: there is none "),
