@@ -200,9 +200,8 @@ class Showo(nn.Module):
                 module.weight.data = module.weight.data.to(dtype)
 
     def encode(self, prompts: list[str], max_text_len: int = 128) -> Prompt:
-        """Return the ids of B prompts, [PAD].. <|t2i|> bos text eos, as a Prompt of B rows.
-
-        Over-long text is cut, eos kept."""
+        """Return the ids of B prompts, [PAD].. <|t2i|> bos text eos, as a Prompt of B rows; text
+        that is too long is cut, eos kept."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = torch.full((len(prompts), max_text_len + 1), self.pad)
         for row, text in zip(ids, self.tokenizer(prompts)["input_ids"], strict=True):
@@ -517,6 +516,7 @@ def level(c_in, c_out, n_blocks, change=None):
 
 
 def encoder(ch, ch_mult, num_res_blocks, z_channels, in_ch=3, **_):
+    """Return the network from images Float[B, 3, H, W] to bits Float[B, z_channels, h, w]."""
     width, n_levels = [ch, *(ch * m for m in ch_mult)], len(ch_mult)
     changes = ["downsample"] * (n_levels - 1) + [None]
     down = [level(width[i], width[i + 1], num_res_blocks[i], changes[i]) for i in range(n_levels)]
@@ -527,6 +527,7 @@ def encoder(ch, ch_mult, num_res_blocks, z_channels, in_ch=3, **_):
 
 
 def decoder(ch, ch_mult, num_res_blocks, z_channels, out_ch=3, **_):
+    """Return the network back, from bits of +-1 to images in about [-1, 1]."""
     width = [*(ch * m for m in ch_mult), ch * ch_mult[-1]]
     up = {str(i): level(width[i + 1], width[i], num_res_blocks[i], "upsample" if i > 0 else None)
           for i in reversed(range(len(ch_mult)))}       # level 0, the finest, comes last
@@ -550,7 +551,6 @@ class Quantizer(nn.Module):
 
 class MAGVITv2(nn.Module):
     """Images <-> codes. Source, and the sizes: showlab/Show-o models/modeling_magvitv2.py."""
-
     SIZES = {
         "encoder": dict(ch=128, ch_mult=[1, 2, 2, 4, 4], num_res_blocks=[4, 3, 4, 3, 4],
                         z_channels=13),

@@ -10,6 +10,7 @@ scores into advantages (grpo.py, Eq. 12), and maximize Eq. 10, a mean over the T
 Departures from the paper:
 - the default transition is Eq. 15, which is what the released training really computes;
 - the KL is that of the newly unmasked tokens, see kl_to_reference();
+- of several rewards each is normalised in its group (Eq. 12) before they are added;
 - --loss-steps divides the loss by the number of chosen iterations, not by T;
 - a picture without a score, or a group with a NaN in its rollouts, is left out of the mean;
 - prompts/train.txt holds captions of our own; --ratio mean and --lora are later work's.

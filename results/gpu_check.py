@@ -53,6 +53,7 @@ class Findings:
         self.path, self.found = path, {}
 
     def add(self, part, **figures):
+        """Add figures {name: number, bool or text} to a part of the report."""
         self.found.setdefault(part, {}).update(figures)
         for name, value in figures.items():
             shown = value if isinstance(value, bool | str) else f"{value:.4g}"
