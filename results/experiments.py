@@ -7,13 +7,13 @@
 
 An experiment compares arms; an arm is DEFAULT with some flags of train.py exchanged, run once per
 seed. The reward is the tiny CLIP unless an arm says otherwise; the score is GenEval's, of 63
-held-out prompts x 8 pictures. A run leaves one row in experiments/rows.jsonl: flags, seed,
-evaluations, and means over steps of what the log holds. Arms with the same flags share their runs.
-experiments/notes.md holds what was predicted and found, and the commands of the long tries, whose
-numbers are in long.json; report puts tables and plots into it.
+held-out prompts x 8 pictures. A run leaves one row in rows.jsonl: flags, seed, evaluations, and
+means over steps of what the log holds. Arms with the same flags share their runs.
+experiments/notes.md holds what was predicted and found; report puts tables and plots into it.
 Intervals are 95%, Student's t over seeds; arms are compared seed by seed.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent / "experiments"     # what commit df7ff46 measured
+HERE = Path(__file__).resolve().parent / "experiments"
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -39,9 +39,7 @@ DEFAULT = dict(
     eval_reward="geneval:official,geneval:exact:0,clip:shapes/clip:0", steps=20,
     prompts_per_step=8, group_size=8, unmask_steps=12, no_kl=True, filter_low=True,
     transition="p2", ratio="sum", lr="8e-4", eval_every=20, save_every=0)
-SEEDS = {
-    "rates": (1, 2),            # to choose the rates, so that no other table has their luck
-}
+SEEDS = {"long": (3, 4)}        # five of the others
 
 # of the log, over steps; of a few steps with far ratios a mean would tell nothing else
 MEANS = ("reward_mean", "reward_std", "adv_zero", "resampled", "grad_norm", "clip_fraction",
@@ -55,41 +53,45 @@ STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 
 EXACT, CLIP = "geneval:exact", "clip:shapes/clip"
 FAMILIES = tuple(shapes.FAMILIES)
 COLUMNS = {
-    "rates": (EXACT, CLIP),
     "transition": (EXACT, CLIP, "grad_norm"),
     "kl": (EXACT, CLIP, "kl_ref", "s_update"),
     "filter": (EXACT, CLIP, "resampled", "adv_zero", "s_update"),
     "reduction": (EXACT, CLIP, "s_update"),
     "reward": (EXACT, CLIP, *FAMILIES),
+    "long": (EXACT, CLIP, *FAMILIES),
 }
 
 
 # ----------------------------------------------------------------------------------- experiments
 
-KINDS, RATES = ("p2", "p1", "ar"), ("4e-4", "8e-4", "1.6e-3")
-GENEVAL = dict(reward="geneval:exact")
-KL = dict(no_kl=False, kl_beta=0.01)
-LONG = dict(steps=40, eval_every=10)
-# of RATES, those with the best mean score in "rates"
-BEST = {"p2": "8e-4", "p1": "8e-4", "ar": "4e-4"}
+FIRST = dict(ratio="mean", prompts_per_step=16, lr="7e-4")      # the README's first command
+LONG = FIRST | dict(steps=200, eval_every=25)
+AR_LR = "4e-4"
 
 
-def part(which, k):
-    """Return the flags of a loss on k of the iterations."""
-    return dict(loss_steps=k, loss_steps_from=which)
+def kl(beta):
+    """Return the flags of a KL."""
+    return dict(no_kl=False, kl_beta=beta)
+
+
+def half(which):
+    """Return the flags of a loss on half of the iterations."""
+    return dict(loss_steps=6, loss_steps_from=which)
 
 
 EXPERIMENTS = {
-    "rates": {f"{kind}, lr {lr}": dict(transition=kind, lr=lr) for kind in KINDS for lr in RATES},
-    "transition": {f"{kind}, ratio {ratio}": dict(transition=kind, ratio=ratio, lr=BEST[kind])
-                   for kind in KINDS for ratio in ("sum", "mean")},
-    "kl": {"beta 0": {}, "beta 0.01": KL},
-    "filter": {"off": dict(filter_low=False), "percentile 10": {}},
-    "reduction": {"all 12": {}, "first 6": part("first", 6), "last 6": part("last", 6),
-                  "random 6": part("random", 6), "T 6": dict(unmask_steps=6),
-                  "T 4": dict(unmask_steps=4)},
-    "reward": {"clip": LONG, "geneval": LONG | GENEVAL,
-               "clip, KL": LONG | KL, "geneval, KL": LONG | GENEVAL | KL},
+    "transition": {
+        "p2": {}, "p2, ratio mean": dict(ratio="mean"),
+        "p1": dict(transition="p1"), "p1, ratio mean": dict(transition="p1", ratio="mean"),
+        "p1, KL 0.01": dict(transition="p1") | kl(0.01),
+        "ar": dict(transition="ar", lr=AR_LR)},
+    "kl": {"none": {}, "beta 0.01": kl(0.01), "beta 0.2": kl(0.2)},
+    "filter": {"off": dict(filter_low=False), "on": {}},
+    "reduction": {"all 12": {}, "first 6": half("first"), "last 6": half("last"),
+                  "T 6": dict(unmask_steps=6)},
+    "reward": {"clip": {}, "geneval:exact": dict(reward="geneval:exact"),
+               "both": dict(reward="clip:shapes/clip,geneval:exact")},
+    "long": {"no KL": LONG, "KL 0.05": LONG | kl(0.05)},
 }
 
 
@@ -122,6 +124,9 @@ def row_of(flags, seed, out):
     if f"--steps {evaluations[-1]['step']} " not in flags:
         return None
     row = {"flags": flags, "seed": seed, "eval": evaluations}
+    for before, after in itertools.pairwise(evaluations):       # of the steps between the two
+        between = steps[before["step"]:after["step"]]
+        after["entropy"] = round(statistics.fmean(step["entropy"] for step in between), 4)
     for average, keys in ((statistics.fmean, MEANS), (statistics.median, MEDIANS)):
         for key in keys:
             values = [step[key] for step in steps if step.get(key) is not None]
@@ -262,19 +267,32 @@ def plot_ceiling(found, path):
     figure.savefig(path, dpi=100)
 
 
-def plot_scores(arms, path):
-    """Draw GenEval's score and CLIP's over the steps of each arm, means over seeds."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 2), ("overall", CLIP), strict=True):
-        for label, rows in arms.items():
-            steps = [e["step"] for e in rows[0]["eval"]]
-            means = [statistics.fmean(row["eval"][i][key] for row in rows)
-                     for i in range(len(steps))]
-            axes.plot(steps, means, marker="o", label=label)
-        axes.set(xlabel="step", title="GenEval" if key == "overall" else "CLIP")
+def plot_curves(arms, path):
+    """Draw GenEval's score, CLIP's and the entropy over the steps of each run."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 3), ("overall", CLIP, "entropy"), strict=True):
+        for colour, (label, rows) in enumerate(arms.items()):
+            for i, row in enumerate(rows):
+                found = [(e["step"], e[key]) for e in row["eval"] if key in e]
+                axes.plot(*zip(*found, strict=True), marker="o", markersize=3, color=f"C{colour}",
+                          label=label if i == 0 else None)
+        axes.set(xlabel="step", title={"overall": "GenEval", CLIP: "CLIP"}.get(key, key))
         axes.grid(alpha=0.4)
     axes.legend()
     figure.savefig(path, dpi=100)
+
+
+def best_table(arms):
+    """Return the lines of a table of the best and the last evaluation of each run."""
+    lines = ["| run | seed | best | last | entropy, first and last |", "|---|---|---|---|---|"]
+    for label, rows in arms.items():
+        for row in rows:
+            scored, entropy = row["eval"], [e["entropy"] for e in row["eval"] if "entropy" in e]
+            best = max(scored, key=lambda e: e["overall"])
+            ends = [f"{e['overall']:.3f} (step {e['step']})" for e in (best, scored[-1])]
+            lines.append(f"| {label} | {row['seed']} | {' | '.join(ends)} | "
+                         f"{entropy[0]:.2f}, {entropy[-1]:.2f} |")
+    return lines
 
 
 def look_table(rows):
@@ -287,55 +305,25 @@ def look_table(rows):
     return lines
 
 
-def plot_long(tries, path):
-    """Draw the score and the entropy of each try over its steps."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, key in ((left, "overall"), (right, "entropy")):
-        for rows in tries.values():
-            found = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*found, strict=True), marker="o", markersize=4)
-        axes.grid(alpha=0.4)
-    left.set(xlabel="step", title="GenEval")
-    right.set(xlabel="step", title="entropy, nats")
-    figure.legend(left.lines, list(tries), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=100)
-
-
-def long_table(tries):
-    """Return the lines of a table: the best and the last score of each try, with their steps, and
-    of the last what is hardest."""
-    lines = ["| try | best | last | its counting | its position | its color attr |",
-             "|---|---|---|---|---|---|"]
-    for name, rows in tries.items():
-        scored = [row for row in rows if "overall" in row]
-        best, last = max(scored, key=lambda row: row["overall"]), scored[-1]
-        cells = [f"{row['overall']:.3f} (step {row['step']})" for row in (best, last)]
-        cells += [f"{last[family]:.2f}" for family in ("counting", "position", "color_attr")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
 def report(args):
     """Put tables and plots into notes.md where it says [table NAME] -> folder/README.md."""
     there, look_file = runs_in(args.folder), args.folder / "p1.json"
-    blocks = {name: ["no numbers yet"] for name in ("look", "ceiling", "long")}
+    blocks = {name: ["no numbers yet"] for name in ("look", "ceiling", "best")}
     if look_file.exists():
         blocks["look"] = look_table(json.loads(look_file.read_text()))
     if (args.folder / "ceiling.json").exists():
         found = json.loads((args.folder / "ceiling.json").read_text())
         plot_ceiling(found, args.folder / "ceiling.png")
         blocks["ceiling"] = [*ceiling_table(found), "", "![ceiling](ceiling.png)"]
-    if (args.folder / "long.json").exists():
-        tries = json.loads((args.folder / "long.json").read_text())
-        plot_long(tries, args.folder / "long.png")
-        blocks["long"] = [*long_table(tries), "", "![long](long.png)"]
     for name, columns in COLUMNS.items():
         arms = found_arms(name, there)
         blocks[name] = ["no runs yet"]
         if arms:
-            (plot_scores if name == "reward" else plot)(arms, args.folder / f"{name}.png")
+            plot(arms, args.folder / f"{name}.png")
             blocks[name] = [*table(columns, arms), "", f"![{name}]({name}.png)"]
+    if arms := found_arms("long", there):
+        plot_curves(arms, args.folder / "long.png")
+        blocks["best"] = best_table(arms)
     text = (HERE / "notes.md").read_text()
     for name, lines in blocks.items():
         text = text.replace(f"[table {name}]\n", "\n".join(lines) + "\n")

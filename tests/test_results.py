@@ -94,34 +94,46 @@ def test_bench_load(call, tmp_path, monkeypatch):
         assert row["ratio"] == pytest.approx(row["peak_gb"] / row["weights_gb"])
 
 
+def test_the_page_of_speeds_is_that_of_the_files(call, tmp_path):
+    call("speed", "--out", tmp_path / "speed.md")
+    made = (tmp_path / "speed.md").read_text()
+    assert made == (ROOT / "results/speed.md").read_text() and "[table " not in made
+
+
 # ------------------------------------------------------------------------------- experiments.py
 
 def test_an_experiment_runs_what_has_no_row_yet(call, tmp_path):
-    """Of "kl", the arm without a KL is there."""
+    """Of "filter", the arm without the filter is there."""
     tiny = dict(pair.split("=") for pair in TINY)
-    without, with_kl = (experiments.flags_of(arm | tiny)
-                        for arm in experiments.EXPERIMENTS["kl"].values())
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"flags": without, "seed": 1}) + "\n")
-    call("experiments", "run", "kl", "--jobs", 1, "--seeds", 1, "--folder", tmp_path,
+    off, on = (experiments.flags_of(arm | tiny)
+               for arm in experiments.EXPERIMENTS["filter"].values())
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"flags": off, "seed": 1}) + "\n")
+    call("experiments", "run", "filter", "--jobs", 1, "--seeds", 1, "--folder", tmp_path,
          "--set", *TINY)
     _, row = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert "--no-kl" in without and row["flags"] == with_kl and "--no-kl" not in with_kl
-    assert with_kl.startswith("--model shapes --reward clip:shapes/clip ")
+    assert "--filter-low" in row["flags"] and "--filter-low" not in off and row["flags"] == on
+    assert on.startswith("--model shapes --reward clip:shapes/clip ")
     assert row["seed"] == 1 and [line["step"] for line in row["eval"]] == [0, 1]
     assert row["s_update"] > 0 and row["ratio_max"] == 1 and row["taken"] == 1
+    assert "entropy" not in row["eval"][0] and row["eval"][1]["entropy"] == pytest.approx(
+        row["entropy"], abs=1e-4)
 
 
 def test_a_report_has_the_tables_of_what_was_run(call, tmp_path):
     rows = [{"flags": experiments.flags_of(arm), "seed": seed, "eval": [
                 {"step": step, "overall": 0.5 + seed / 100, "geneval:exact": 0.25,
-                 "clip:shapes/clip": 16.0, **dict.fromkeys(experiments.FAMILIES, 0.5)}
+                 "clip:shapes/clip": 16.0, **dict.fromkeys(experiments.FAMILIES, 0.5),
+                 **({"entropy": 5.4} if step else {})}
                 for step in (0, 20)], **dict.fromkeys(experiments.MEANS, 1.0)}
-            for arm in experiments.EXPERIMENTS["kl"].values() for seed in (3, 4)]
+            for name in ("kl", "long") for arm in experiments.EXPERIMENTS[name].values()
+            for seed in (3, 4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     call("experiments", "report", "--folder", tmp_path)
-    assert "| beta 0.01 | 0.535 ± 0.064 | +0.000 ± 0.000 | 0.25 | 16 | 1 | 1 | 2 |" in (
-        tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "| beta 0.01 | 0.535 ± 0.064 | +0.000 ± 0.000 | 0.25 | 16 | 1 | 1 | 2 |" in text
+    assert "| KL 0.05 | 4 | 0.540 (step 0) | 0.540 (step 20) | 5.40, 5.40 |" in text
     assert Image.open(tmp_path / "kl.png").size[0] == 780
+    assert Image.open(tmp_path / "long.png").size[0] == 900
 
 
 def test_intervals_and_leads_are_those_of_a_known_table():

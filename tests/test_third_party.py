@@ -1,11 +1,10 @@
-"""Somebody else's masked model, diffusers' aMUSEd, by the README's glue: its own sampler, and
-inpainting. The model is tiny and random."""
-import re
+"""Somebody else's masked model, diffusers' aMUSEd (amused.py): its own sampler, and inpainting. The
+model is tiny and random."""
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from amused import amused_policy
 from diffusers import AmusedScheduler, UVit2DModel
 from diffusers.schedulers import scheduling_amused
 
@@ -29,19 +28,17 @@ def unet():
 
 @pytest.fixture(scope="module")
 def glue(unet):
-    """What the README's block of aMUSEd leaves: policy and traj."""
-    readme = (ROOT / "README.md").read_text()
-    code, = re.findall(r"```python\n([^`]*UVit2DModel.*?)```", readme, re.S)
+    """A policy of P x G rows, its trajectory, and the scheduler whose temperatures it had."""
     scheduler = AmusedScheduler(mask_token_id=MASK)
     scheduler.set_timesteps(T, temperature=(2, 0))
     generator = torch.Generator().manual_seed(0)
     text = SimpleNamespace(text_embeds=torch.randn(P, 24, generator=generator),
                            hidden_states=[None, torch.randn(P, 5, 24, generator=generator), None])
-    scope = {"torch": torch, "rollout": rollout, "unet": unet, "text": text, "P": P, "G": G, "H": H,
-             "N": N, "T": T, "K": K, "MASK": MASK, "scheduler": scheduler, "generator": generator}
+    policy = amused_policy(unet, text, scheduler, H, G)
     with torch.no_grad():
-        exec(code, scope)
-    return SimpleNamespace(**scope)
+        traj = rollout(policy, P * G, N, K, T, generator=generator,
+                       temperature=scheduler.temperatures.tolist())
+    return SimpleNamespace(policy=policy, traj=traj, scheduler=scheduler)
 
 
 def test_the_glue_rolls_out(glue):

@@ -1,0 +1,67 @@
+"""Make speed.md of what was measured: speed_notes.md, a table in the place of each [table NAME].
+
+    python results/speed.py --out results/speed.md
+
+gpu: gpu.json, what gpu_check.py last wrote, or, as long as no card has run the present code,
+gpu-earlier.json, what earlier code did. cpu: bench-small-cpu.json. load: bench-load.json.
+"""
+import argparse
+import json
+from pathlib import Path
+
+from gpu_check import table as findings
+
+HERE = Path(__file__).resolve().parent
+
+
+def read(name):
+    """Return what a file of this folder holds."""
+    return json.loads((HERE / name).read_text())
+
+
+def markdown(rows) -> str:
+    """Return rows of cells as a Markdown table; the first row is its head."""
+    head, *rows = (f"| {' | '.join(map(str, row))} |" for row in rows)
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows])
+
+
+def gpu() -> str:
+    if (HERE / "gpu.json").exists():
+        return findings(read("gpu.json"))
+    earlier = read("gpu-earlier.json")
+    return markdown([["", *earlier["columns"]], *([name, *row] for name, row in
+                                                  earlier["rows"].items())])
+
+
+def cpu() -> str:
+    found = read("bench-small-cpu.json")
+    s, peak, share = found["seconds"], found["update_peak_gb"], found["share_of_matmul_rate"]
+    rows = [["", "plain", "ours", "ratio", "ours, share of the matmul rate"]]
+    for part, unit in (("rollout", "an image"), ("update", "an iteration of 6 images (p2)")):
+        rows.append([f"{part}, s {unit}", f"{s[part + '_plain']:.2f}", f"{s[part + '_ours']:.2f}",
+                     f"**{found[part + '_ratio']:.1f}**", f"{share[part]:.0%}"])
+    rows.append(["peak memory of an update, GB", f"{peak['plain']:.2f}", f"{peak['ours']:.2f}",
+                 f"**{found['update_memory_ratio']:.2f}**", ""])
+    return markdown(rows)
+
+
+def load() -> str:
+    rows = [["file", "weights, GB", "peak, GB", "ratio"]]
+    for name, row in read("bench-load.json").items():
+        if name != "decode_gb":
+            rows.append([name, *(f"{row[key]:.2f}" for key in ("weights_gb", "peak_gb", "ratio"))])
+    return markdown(rows)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--out", type=Path, default=HERE / "speed.md")
+    args = p.parse_args()
+    text = (HERE / "speed_notes.md").read_text()
+    for name, make in (("gpu", gpu), ("cpu", cpu), ("load", load)):
+        text = text.replace(f"[table {name}]", make())
+    args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
