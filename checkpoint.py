@@ -104,7 +104,8 @@ def write_model(folder, name, state, **configs):
     for key, config in configs.items():
         write_json(path.with_name(f"{key}.json"), config)
     tmp = path.with_name(f".{path.name}")
-    save_file({key: w.contiguous() for key, w in state.items()}, tmp, metadata={"format": "pt"})
+    save_file({k: w.contiguous() for k, w in state.items()}, tmp, metadata={"format": "pt"})
+    shutil.copymode(path.with_name(f"{key}.json"), tmp)     # safetensors lets the owner alone read
     os.replace(tmp, path)
 
 

@@ -243,6 +243,7 @@ class Log:
                 write_json(self.out / "wandb.json", self.known)
 
     def step(self, row):
+        """Log the numbers of a training step."""
         self.row("metrics", row)
         self.bar.update()
         self.say(f"{row['step']:5d}/{self.steps} | reward {row['reward_mean']:.3f} zero-adv "
@@ -252,6 +253,7 @@ class Log:
                  + " | NOT TAKEN: not finite" * (not row["taken"]))
 
     def evaluation(self, row):
+        """Log the numbers of an evaluation."""
         self.row("eval", row)
         self.say("eval " + " ".join(f"{key} {value:.3g}" for key, value in row.items()))
 

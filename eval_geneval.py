@@ -394,6 +394,7 @@ class Detector(torch.nn.Module):
 
     @torch.no_grad()
     def detect_batch(self, images, examples):
+        """Find the objects of a batch of pictures -> what shapes.detect() returns."""
         original = images.shape[-2:]
         pixels, padded, resized = self.preprocess(images)
         raw = self.model(pixel_values=pixels)

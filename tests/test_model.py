@@ -380,6 +380,9 @@ def test_save_writes_what_show_o_wrote(showo, tmp_path):
         assert torch.equal(ours[name], weight) and ours[name].dtype == weight.dtype
     written = json.loads((tmp_path / "config.json").read_text())
     assert written == read_json("showo/checkpoint/config.json")
+    # who may read the one may read the other
+    config, model = (tmp_path / name for name in ("config.json", "pytorch_model.safetensors"))
+    assert config.stat().st_mode == model.stat().st_mode
 
 
 def test_saving_over_the_file_that_is_mapped(tmp_path):
