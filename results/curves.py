@@ -26,7 +26,7 @@ def plot(runs: dict, path):
     for label, rows in runs.items():
         axes.plot(steps, [row["overall"] for row in rows], marker="o", label=label)
     axes.set(xlabel="optimizer steps", ylabel="GenEval score, held-out prompts",
-             xticks=steps, ylim=(0.35, 0.9))
+             xticks=steps, ylim=(0.45, 0.95))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)

@@ -3,14 +3,16 @@
     python results/world.py                                 # a minute or two; world.json
     python results/world.py --ckpt runs/NAME/checkpoint-45 --json after.json
 
-base: GenEval's rule (official), and the stricter ones, by family (mean:
-of the families, not of the prompts); 63 held-out prompts x --n pictures. order: the share of all
-tokens, and of all objects, that each iteration places, and the policy's entropy at the tokens that
-it places, in nats. clip: how often the CLIP ranks a right picture over a wrong one, by family. Four
-kinds of wrong pictures: "other", of another prompt of the family; "near", with one thing changed (a
-class, the count by one, a colour, the relation, colours exchanged); "more", with an object that
-nobody asked for; "drawn", what the policy draws wrong, beside what it draws right for the same
-prompt.
+base: GenEval's rule (official), and the stricter ones, by family (mean: of the families, not of the
+prompts); 63 held-out prompts x --n pictures. relations: the share of pictures that show what was
+asked, and that show the opposite (the relation turned round, two colours exchanged): as often, if
+the policy draws the right objects and does not know what the words between them mean; 32 training
+combinations of each family x --n pictures. order: the share of all tokens, and of all objects, that
+each iteration places, and the policy's entropy at the tokens that it places, in nats. clip: how
+often the CLIP ranks a right picture over a wrong one, by family. Four kinds of wrong pictures:
+"other", of another prompt of the family; "near", with one thing changed (a class, the count by one,
+a colour, the relation, colours exchanged); "more", with an object that nobody asked for; "drawn",
+what the policy draws wrong, beside what it draws right for the same prompt.
 """
 import argparse
 import copy
@@ -71,6 +73,23 @@ def order_of(traj) -> dict:
         shares = torch.bincount(order, minlength=T) / len(order)
         out[name] = shares.tolist()
         out[f"{name}_in_first_half"] = shares[:T // 2].sum().item()
+    return out
+
+
+# ----------------------------------------------------------------------------------- relations
+
+def relations(showo, magvit, n, T) -> dict:
+    """Return, of pictures of position and of two colours, the shares in which GenEval's rule finds
+    what was asked, and the opposite."""
+    rng, out = random.Random(0), {}
+    for tag in ("position", "color_attr"):
+        lines = [line for line in shapes.prompts("train") if line["tag"] == tag][:32]
+        traj, _ = draw(showo, lines, n, T)
+        found = shapes.detect(to_uint8(magvit.decode(traj.codes)))
+        asked = [line for line in lines for _ in range(n)]
+        opposite = [nearly(line, rng) for line in asked]
+        out[tag] = {"asked": verdicts(asked, found)["official"].mean().item(),
+                    "opposite": verdicts(opposite, found)["official"].mean().item()}
     return out
 
 
@@ -144,8 +163,8 @@ def look(n, clip_name, ckpt) -> dict:
     """Return all numbers; see the top."""
     showo, magvit = load_models("shapes", ckpt=ckpt)
     clip, rng = make_reward(f"clip:{clip_name}"), random.Random(0)
-    lines = shapes.prompts("eval")
-    traj, entropy = draw(showo, lines, n, PRESETS["shapes"]["unmask_steps"])
+    lines, T = shapes.prompts("eval"), PRESETS["shapes"]["unmask_steps"]
+    traj, entropy = draw(showo, lines, n, T)
     pictures = to_uint8(magvit.decode(traj.codes))
     asked = [line for line in lines for _ in range(n)]
     found = verdicts(asked, shapes.detect(pictures))
@@ -155,6 +174,7 @@ def look(n, clip_name, ckpt) -> dict:
     right = torch.stack([render(line, rng)[0] for line in asked])
     return {
         "base": {name: by_family(values, asked) for name, values in found.items()},
+        "relations": relations(showo, magvit, n, T),
         "order": {**order_of(traj), "entropy": entropy.tolist()},
         "clip": {
             "other": ranked(clip, asked, right, wrong_pictures(asked, another, rng)),
@@ -172,6 +192,9 @@ def show(numbers):
         for name, row in numbers[part].items():
             cells = ("-" if value is None else f"{value:.3f}" for value in row.values())
             print(f"{name:<14}" + "".join(f"{cell:>15}" for cell in cells))
+    print("\nrelations             asked       opposite")
+    for tag, row in numbers["relations"].items():
+        print(f"{tag:<14}{row['asked']:>13.3f}{row['opposite']:>15.3f}")
     order = numbers["order"]
     print("\norder         " + "".join(f"{t:6}" for t in range(len(order["tokens"]))))
     for name in ("tokens", "objects", "entropy"):

@@ -1,10 +1,11 @@
 """Make the tiny base of --model shapes, and the tiny CLIP that judges its pictures.
 
-    python shapes/pretrain.py --out shapes          # from a seed; about 20 minutes on 2 CPU cores
+    python shapes/pretrain.py --out shapes          # from a seed; 25 minutes on 2 CPU cores
     python train.py --model shapes --reward clip:shapes/clip
 
-The base is a word tokenizer, an image tokenizer and a transformer. It learns from captions of which
-a share belongs to another picture of the same family, as captions found on the web often do: it can
+The base is a word tokenizer, an image tokenizer and a transformer. It learns first from right
+captions, until it knows what every word means, relations too, and then from captions of which a
+share belongs to another picture of the same family, as captions found on the web often do: it can
 draw everything, and often draws something else than asked. That is what RL then mends.
 
 The CLIP has open_clip's architecture and its local folder. It learns from right captions alone. As
@@ -227,42 +228,60 @@ def random_masks(codes):
     return first.argsort(1).argsort(1) < (share * N).round().clamp(min=1)
 
 
-def token_loss(logits, codes):
-    """Return the cross-entropy of tokens (M,), that of ground averaged over all textures.
+def token_loss(logits, codes, weight=1.0):
+    """Return the cross-entropy of tokens (M,), those of objects weighing `weight` times, that of
+    ground averaged over all textures.
 
     Which texture a picture has is chance: the mean over all has the same expected gradient, and
     none of its noise.
     """
-    logp = logits.log_softmax(-1)                                               # (M, 256)
+    logp, is_object = logits.log_softmax(-1), codes < OBJECTS                   # (M, 256), (M,)
     own = logp.gather(1, codes[:, None])[:, 0]
-    return -torch.where(codes < OBJECTS, own, logp[:, OBJECTS:].mean(1)).mean()
+    each = torch.where(is_object, own, logp[:, OBJECTS:].mean(1))
+    weights = torch.where(is_object, weight, 1.0)
+    return -(weights * each).sum() / weights.sum()
 
 
-def pretrain_base(steps, seed, *, pool=60000, batch=64, lr=2e-3, clean=0.75, wrong=0.55,
-                  hidden=128, layers=4) -> Showo:
+# by family: the share of the training pictures (what says how things belong together is learned
+# last, and has more), and in the end the share of captions that are another picture's
+SHARES = {"single_object": 0.06, "two_object": 0.12, "counting": 0.15, "colors": 0.12,
+          "position": 0.30, "color_attr": 0.25}
+WRONG = {"single_object": 0.70, "two_object": 0.65, "counting": 0.58, "colors": 0.80,
+         "position": 0.70, "color_attr": 0.66}
+
+
+def pretrain_base(steps, seed, *, pool=60000, batch=64, lr=2e-3, hidden=128, layers=4) -> Showo:
     """Train Show-o's masked-token prediction: cross-entropy on the masked tokens of pictures.
 
-    Captions are right for a share of the steps (clean); then a share of them (wrong) is exchanged
-    for another one of the same family. A tenth are dropped, for guidance. pool: pictures in all.
+    pool: pictures in all. A tenth of the captions are dropped, for guidance. Two things change on
+    the way. Objects are few among the tokens, and only they show a relation: their tokens weigh 20
+    times for the first 70% of the steps, then 1, so that the base ends calibrated. And from 75% of
+    the steps on a share of the captions, WRONG, is exchanged for another one of the same family.
     """
     torch.manual_seed(seed)
     model = new_showo(hidden, layers)
     captions, family, codes = captioned_pictures(pool, random.Random(seed))
     ids, empty = model.encode(captions).ids, model.encode([""]).ids
     members = [(family == f).nonzero()[:, 0] for f in range(len(shapes.FAMILIES))]
+    share, wrong = (torch.tensor([numbers[tag] for tag in shapes.FAMILIES])
+                    for numbers in (SHARES, WRONG))
+
+    def draw(families):
+        """Draw a picture of each of the families -> their places in the pool, Long (batch,)."""
+        return torch.stack([members[f][torch.randint(len(members[f]), ())] for f in families])
 
     def loss_at(step):
         """Return the cross-entropy of a batch of the pool, a scalar."""
-        row = torch.randint(pool, (batch,))
-        others = [members[f][torch.randint(len(members[f]), ())] for f in family[row]]
-        exchanged = torch.rand(batch) < (wrong if step >= clean * steps else 0)
-        caption_of = torch.where(exchanged, torch.stack(others), row)
+        families = torch.multinomial(share, batch, replacement=True)
+        row, another = draw(families), draw(families)
+        exchanged = torch.rand(batch) < (wrong[families] if step >= 0.75 * steps else 0)
+        caption_of = torch.where(exchanged, another, row)
         text = torch.where(torch.rand(batch, 1) < 0.1, empty, ids[caption_of])
         drawn = other_ground(codes[row])                                        # (B, 36)
         masked = random_masks(drawn)
         logits = model.logits(torch.where(masked, model.K, drawn),
                               Prompt(text, torch.arange(batch)))
-        return token_loss(logits[masked], drawn[masked])
+        return token_loss(logits[masked], drawn[masked], 20.0 if step < 0.7 * steps else 1.0)
     descend("base", model, loss_at, steps, lr)
     return model
 
@@ -325,7 +344,7 @@ def main():
                                 "a thread each.")
     p.add_argument("--out", default=str(HERE), help="folder; OUT/magvitv2 and OUT/clip are made")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=int, default=1800)
+    p.add_argument("--steps", type=int, default=4000)
     p.add_argument("--tokenizer-steps", type=int, default=5000)
     p.add_argument("--clip-steps", type=int, default=1400)
     p.add_argument("--pool", type=int, default=60000, help="captioned pictures")

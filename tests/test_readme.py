@@ -121,13 +121,24 @@ def test_the_index_of_equations_is_true(equations, places):
         assert not missing, f"{place} does not name {sorted(missing)}"
 
 
+def test_the_core_is_as_long_as_said():
+    said = int(re.search(r"method is about (\d+) lines", README)[1])
+    mdp, _ = (ROOT / "sample.py").read_text().split("-- pictures\n")
+    source = (ROOT / "train.py").read_text()
+    loop = [node for node in ast.parse(source).body
+            if getattr(node, "name", None) in ("main", "update")]
+    found = (mdp.count("\n") + (ROOT / "grpo.py").read_text().count("\n")
+             + sum(node.end_lineno - node.lineno + 1 for node in loop))
+    assert len(loop) == 2 and abs(found - said) < 0.1 * said, found
+
+
 # ------------------------------------------------------------------------------ the results
 
 def test_the_table_of_results_is_that_of_the_rows():
-    """The base's and the last evaluation of the first command's runs; each 38% up on the base."""
+    """The base's and the last evaluation of the first command's runs, whose mean is over 0.8."""
     columns = ("overall", "single_object", "two_object", "counting", "colors", "position",
                "color_attr")
-    table = dict(re.findall(r"^\| (base|seed \d+) \| (.*) \|$", README, re.M))
+    ends, table = [], dict(re.findall(r"^\| (base|seed \d+) \| (.*) \|$", README, re.M))
     assert table.keys() == {"base", "seed 42", "seed 43", "seed 44"}
     for seed in (42, 43, 44):
         rows = read_rows(ROOT / f"results/shapes-p2-seed{seed}.jsonl")
@@ -135,7 +146,8 @@ def test_the_table_of_results_is_that_of_the_rows():
             said = [float(cell.strip("*")) for cell in table[label].split(" | ")]
             assert said == [round(row[column], 3 if column == "overall" else 2)
                             for column in columns]
-        assert rows[-1]["overall"] > 1.38 * rows[0]["overall"]
+        ends.append(rows[-1]["overall"])
+    assert sum(ends) / 3 > 0.8
 
 
 # ------------------------------------------------------------------------------ lines
