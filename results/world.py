@@ -1,7 +1,7 @@
 """Look at the tiny world: what its base draws, in which order, and how its CLIP judges.
 
-    python results/world.py                                 # a minute or two; world.json
-    python results/world.py --ckpt runs/NAME/checkpoint-45 --json after.json
+    python results/world.py --json results/world.json       # a minute
+    python results/world.py --ckpt runs/NAME/checkpoint-45 --json results/world-seed43.json
 
 base: GenEval's rule (official), and the stricter ones, by family (mean: of the families, not of the
 prompts); 63 held-out prompts x --n pictures. relations: the share of pictures that show what was
@@ -208,11 +208,12 @@ def main():
     p.add_argument("--ckpt", help="a checkpoint trained from the base, in its place")
     p.add_argument("--clip", default="shapes/clip", help="open_clip's folder")
     p.add_argument("--n", type=int, default=8, help="pictures per prompt")
-    p.add_argument("--json", type=Path, default=HERE / "world.json", help="where to write")
+    p.add_argument("--json", type=Path, help="where to write")
     args = p.parse_args()
     numbers = look(args.n, args.clip, args.ckpt)
     show(numbers)
-    args.json.write_text(json.dumps(numbers, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

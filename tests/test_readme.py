@@ -122,7 +122,7 @@ def test_the_index_of_equations_is_true(equations, places):
 
 
 def test_the_core_is_as_long_as_said():
-    said = int(re.search(r"method is about (\d+) lines", README)[1])
+    said = int(re.search(r"method\s+is\s+about\s+(\d+)\s+lines", README)[1])
     mdp, _ = (ROOT / "sample.py").read_text().split("-- pictures\n")
     source = (ROOT / "train.py").read_text()
     loop = [node for node in ast.parse(source).body
@@ -148,6 +148,14 @@ def test_the_table_of_results_is_that_of_the_rows():
                             for column in columns]
         ends.append(rows[-1]["overall"])
     assert sum(ends) / 3 > 0.8
+
+
+def test_relations_are_those_that_were_measured():
+    said = re.findall(r"(\d\.\d\d)\s/\s(\d\.\d\d)", README)
+    worlds = [json.loads((ROOT / f"results/{name}.json").read_text())["relations"]
+              for name in ("world", "world-seed43")]
+    assert said == [(f"{world[tag]['asked']:.2f}", f"{world[tag]['opposite']:.2f}")
+                    for tag in ("position", "color_attr") for world in worlds]
 
 
 # ------------------------------------------------------------------------------ lines
