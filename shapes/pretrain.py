@@ -242,8 +242,8 @@ def token_loss(logits, codes, weight=1.0):
     return -(weights * each).sum() / weights.sum()
 
 
-# by family: the share of the training pictures (what says how things belong together is learned
-# last, and has more), and in the end the share of captions that are another picture's
+# by family: its share of the training pictures, larger where words say how things belong together,
+# which is learned last; and the share of its captions that in the end are another picture's
 SHARES = {"single_object": 0.06, "two_object": 0.12, "counting": 0.15, "colors": 0.12,
           "position": 0.30, "color_attr": 0.25}
 WRONG = {"single_object": 0.70, "two_object": 0.65, "counting": 0.58, "colors": 0.80,
@@ -254,9 +254,9 @@ def pretrain_base(steps, seed, *, pool=60000, batch=64, lr=2e-3, hidden=128, lay
     """Train Show-o's masked-token prediction: cross-entropy on the masked tokens of pictures.
 
     pool: pictures in all. A tenth of the captions are dropped, for guidance. Two things change on
-    the way. Objects are few among the tokens, and only they show a relation: their tokens weigh 20
-    times for the first 70% of the steps, then 1, so that the base ends calibrated. And from 75% of
-    the steps on a share of the captions, WRONG, is exchanged for another one of the same family.
+    the way. Only a few tokens show objects, and only these show a relation: they weigh 20 times for
+    the first 70% of the steps, then once, so that the base ends calibrated. And from 75% of the
+    steps on a share of the captions, WRONG, is exchanged for others of the same family.
     """
     torch.manual_seed(seed)
     model = new_showo(hidden, layers)
