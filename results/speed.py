@@ -25,12 +25,17 @@ def markdown(rows) -> str:
     return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows])
 
 
+def has_run() -> bool:
+    """Return whether gpu_check.py has left its findings."""
+    return (HERE / "gpu.json").exists()
+
+
 def gpu() -> str:
-    if (HERE / "gpu.json").exists():
+    if has_run():
         return findings(read("gpu.json"))
     earlier = read("gpu-earlier.json")
-    return markdown([["", *earlier["columns"]], *([name, *row] for name, row in
-                                                  earlier["rows"].items())])
+    rows = [[name, *row] for name, row in earlier["rows"].items()]
+    return markdown([["", *earlier["columns"]], *rows]) + "\n\n" + "\n".join(earlier["note"])
 
 
 def cpu() -> str:

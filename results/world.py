@@ -42,17 +42,22 @@ INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "belo
 
 @torch.no_grad()
 def draw(showo, lines, n, T):
-    """Draw n pictures of each prompt -> Trajectory, and Float (T,): the mean entropy of the tokens
-    that each iteration placed."""
+    """Draw n pictures of each prompt -> Trajectory, and the policy that drew them."""
     prompt = showo.encode([line["prompt"] for line in lines]).repeat(n)
     policy = showo.policy(prompt)
     traj = rollout(policy, len(prompt), showo.N, showo.K, T,
                    generator=torch.Generator().manual_seed(0))
-    entropy = []
-    for t in range(T):
+    return traj, policy
+
+
+@torch.no_grad()
+def entropies(traj, policy) -> list[float]:
+    """Return the mean entropy of the tokens that each iteration placed, in nats."""
+    out = []
+    for t in range(traj.threshold.shape[1]):
         logp = policy(traj.state(t))[traj.order == t].log_softmax(-1)
-        entropy.append(-(logp.exp() * logp).sum(1).mean())
-    return traj, torch.stack(entropy)
+        out.append(-(logp.exp() * logp).sum(1).mean().item())
+    return out
 
 
 def by_family(values, lines) -> dict:
@@ -164,7 +169,7 @@ def look(n, clip_name, ckpt) -> dict:
     showo, magvit = load_models("shapes", ckpt=ckpt)
     clip, rng = make_reward(f"clip:{clip_name}"), random.Random(0)
     lines, T = shapes.prompts("eval"), PRESETS["shapes"]["unmask_steps"]
-    traj, entropy = draw(showo, lines, n, T)
+    traj, policy = draw(showo, lines, n, T)
     pictures = to_uint8(magvit.decode(traj.codes))
     asked = [line for line in lines for _ in range(n)]
     found = verdicts(asked, shapes.detect(pictures))
@@ -175,7 +180,7 @@ def look(n, clip_name, ckpt) -> dict:
     return {
         "base": {name: by_family(values, asked) for name, values in found.items()},
         "relations": relations(showo, magvit, n, T),
-        "order": {**order_of(traj), "entropy": entropy.tolist()},
+        "order": {**order_of(traj), "entropy": entropies(traj, policy)},
         "clip": {
             "other": ranked(clip, asked, right, wrong_pictures(asked, another, rng)),
             "near": ranked(clip, asked, right, wrong_pictures(asked, nearly, rng)),

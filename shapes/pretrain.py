@@ -25,14 +25,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import shapes  # noqa: E402
-from checkpoint import write_json  # noqa: E402
+from checkpoint import write_model  # noqa: E402
 from model import SPECIALS, MAGVITv2, Prompt, Showo  # noqa: E402
 
 GRID, CELL = shapes.GRID, shapes.CELL
@@ -254,9 +253,9 @@ def pretrain_base(steps, seed, *, pool=60000, batch=64, lr=2e-3, hidden=128, lay
     """Train Show-o's masked-token prediction: cross-entropy on the masked tokens of pictures.
 
     pool: pictures in all. A tenth of the captions are dropped, for guidance. Two things change on
-    the way. Only a few tokens show objects, and only these show a relation: they weigh 20 times for
-    the first 70% of the steps, then once, so that the base ends calibrated. And from 75% of the
-    steps on a share of the captions, WRONG, is exchanged for others of the same family.
+    the way. Only a few tokens show objects, and only these show a relation: their loss counts 20
+    times for the first 70% of the steps, then once, so that the base ends calibrated. And from 75%
+    of the steps on a share of the captions, WRONG, is exchanged for others of the same family.
     """
     torch.manual_seed(seed)
     model = new_showo(hidden, layers)
@@ -321,10 +320,8 @@ def pretrain_clip(steps, seed, *, pool=60000, batch=128, lr=1e-3):
 
 def save_clip(model, folder):
     """Write open_clip's local folder: config, weights in half precision, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "open_clip_config.json", {"model_cfg": CLIP})
-    state = {name: weight.half().contiguous() for name, weight in model.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
+    state = {name: weight.half() for name, weight in model.state_dict().items()}
+    write_model(folder, "open_clip_model", state, open_clip_config={"model_cfg": CLIP})
     word_tokenizer().save_pretrained(folder)
 
 

@@ -6,7 +6,7 @@
                    temperature=scheduler.temperatures.tolist())
 
 text is the output of its text encoder for P prompts, with hidden states; scheduler an
-AmusedScheduler after set_timesteps(T). tests/test_third_party.py holds the moves to its own.
+AmusedScheduler after set_timesteps(T), with whose moves tests/test_third_party.py compares ours.
 """
 import torch
 

@@ -16,6 +16,7 @@ from model import load_models
 sys.path += [str(ROOT / folder) for folder in ("results", "shapes", "prompts")]
 import experiments  # noqa: E402
 import make_prompts  # noqa: E402
+import speed  # noqa: E402
 
 TINY = ("steps=1 prompts_per_step=1 group_size=2 unmask_steps=2 eval_every=1 eval_n=1 "
         "eval_unmask_steps=2").split()
@@ -100,6 +101,14 @@ def test_the_page_of_speeds_is_that_of_the_files(call, tmp_path):
     assert made == (ROOT / "results/speed.md").read_text() and "[table " not in made
 
 
+def test_a_card_that_ran_the_present_code_takes_the_place_of_the_earlier_ones(monkeypatch):
+    read = speed.read
+    monkeypatch.setattr(speed, "has_run", lambda: True)
+    monkeypatch.setattr(speed, "read", lambda name: {"card": {"name": "X"}}
+                        if name == "gpu.json" else read(name))
+    assert speed.gpu() == "| card | |\n|---|---|\n| name | X |"
+
+
 # ------------------------------------------------------------------------------- experiments.py
 
 def test_an_experiment_runs_what_has_no_row_yet(call, tmp_path):
@@ -114,9 +123,8 @@ def test_an_experiment_runs_what_has_no_row_yet(call, tmp_path):
     assert "--filter-low" in row["flags"] and "--filter-low" not in off and row["flags"] == on
     assert on.startswith("--model shapes --reward clip:shapes/clip ")
     assert row["seed"] == 1 and [line["step"] for line in row["eval"]] == [0, 1]
-    assert row["s_update"] > 0 and row["ratio_max"] == 1 and row["taken"] == 1
-    assert "entropy" not in row["eval"][0] and row["eval"][1]["entropy"] == pytest.approx(
-        row["entropy"], abs=1e-4)
+    assert row["grad_norm"] > 0 and row["taken"] == 1
+    assert "entropy" not in row["eval"][0] and 5 < row["eval"][1]["entropy"] < 6
 
 
 def test_a_report_has_the_tables_of_what_was_run(call, tmp_path):
@@ -130,8 +138,8 @@ def test_a_report_has_the_tables_of_what_was_run(call, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     call("experiments", "report", "--folder", tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "| beta 0.01 | 0.535 ± 0.064 | +0.000 ± 0.000 | 0.25 | 16 | 1 | 1 | 2 |" in text
-    assert "| KL 0.05 | 4 | 0.540 (step 0) | 0.540 (step 20) | 5.40, 5.40 |" in text
+    assert "| beta 0.01 | 0.535 ± 0.064 | +0.000 ± 0.000 | 0.25 | 16 | 1 | 2 |" in text
+    assert "| KL 0.05 | 3 | 0.530 (step 0) | 0.530 (step 20) | 5.40, 5.40 |" in text
     assert Image.open(tmp_path / "kl.png").size[0] == 780
     assert Image.open(tmp_path / "long.png").size[0] == 900
 
@@ -173,7 +181,7 @@ def test_every_arm_takes_a_step(monkeypatch, tmp_path, flags):
         "--eval-every", "0", "--out", str(tmp_path / "run")])
     train.main()
     row, = read_rows(tmp_path / "run/metrics.jsonl")
-    assert row["ratio_max"] == 1 or row["adv_zero"] == 1
+    assert row["taken"] == 1
 
 
 # ------------------------------------------------------------------------------------- the rest

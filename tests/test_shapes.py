@@ -174,8 +174,8 @@ def test_the_shipped_base_is_fair(looked):
 def test_the_shipped_base_knows_what_relations_mean(base):
     """It draws what was asked more often than the opposite, though it often draws neither."""
     found = world.relations(*base, n=8, T=12)
-    assert found["position"]["asked"] >= 5 * found["position"]["opposite"]
-    assert found["color_attr"]["asked"] >= 3 * found["color_attr"]["opposite"]
+    for tag, times in (("position", 5), ("color_attr", 3)):
+        assert found[tag]["asked"] >= max(0.2, times * found[tag]["opposite"])
 
 
 def test_the_opposite_of_a_relation_is_seen(base, monkeypatch):

@@ -27,7 +27,7 @@ def unet():
 
 
 @pytest.fixture(scope="module")
-def glue(unet):
+def amused(unet):
     """A policy of P x G rows, its trajectory, and the scheduler whose temperatures it had."""
     scheduler = AmusedScheduler(mask_token_id=MASK)
     scheduler.set_timesteps(T, temperature=(2, 0))
@@ -41,34 +41,34 @@ def glue(unet):
     return SimpleNamespace(policy=policy, traj=traj, scheduler=scheduler)
 
 
-def test_the_glue_rolls_out(glue):
-    assert glue.traj.codes.shape == (P * G, N) and glue.traj.codes.max() < K
-    assert glue.traj.n_masked == [N, *mask_schedule(N, T).tolist()]
+def test_it_rolls_out(amused):
+    assert amused.traj.codes.shape == (P * G, N) and amused.traj.codes.max() < K
+    assert amused.traj.n_masked == [N, *mask_schedule(N, T).tolist()]
 
 
-def test_the_policy_learns(glue, unet):
-    logp = transition_log_prob(glue.policy(glue.traj.state(2)), glue.traj, 2, "p2")
+def test_the_policy_learns(amused, unet):
+    logp = transition_log_prob(amused.policy(amused.traj.state(2)), amused.traj, 2, "p2")
     logp.sum().backward()
     gradients = [p.grad.abs().max() for p in unet.parameters() if p.grad is not None]
     assert logp.shape == (P * G,) and max(gradients) > 0
     unet.zero_grad()
 
 
-def test_moves_are_those_of_its_own_scheduler(monkeypatch, glue):
+def test_moves_are_those_of_its_own_scheduler(monkeypatch, amused):
     """Its step and ours under the same draws and the same noise, over a whole trajectory."""
     generator = torch.Generator().manual_seed(1)
-    temperatures = glue.scheduler.temperatures.tolist()
+    temperatures = amused.scheduler.temperatures.tolist()
     codes = torch.full((P * G, N), K)
     stay_masked = mask_schedule(N, T).tolist()
     for t in range(T):
         with torch.no_grad():
-            logits = glue.policy(codes)
+            logits = amused.policy(codes)
         drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
         gumbel = -(-torch.rand(P * G, N, generator=generator).log()).log()
         monkeypatch.setattr(torch, "multinomial", lambda *_, drawn=drawn, **__: drawn)
         monkeypatch.setattr(scheduling_amused, "gumbel_noise", lambda *_, g=gumbel, **__: g)
         ids = torch.where(codes == K, MASK, codes)
-        theirs = glue.scheduler.step(logits, glue.scheduler.timesteps[t], ids).prev_sample
+        theirs = amused.scheduler.step(logits, amused.scheduler.timesteps[t], ids).prev_sample
         monkeypatch.undo()
 
         sampled = torch.where(codes == K, drawn.view(P * G, N), codes)
@@ -79,12 +79,12 @@ def test_moves_are_those_of_its_own_scheduler(monkeypatch, glue):
     assert codes.max() < K
 
 
-def test_inpainting(glue):
+def test_inpainting(amused):
     """A start whose upper half is given: it stays, and the rest is drawn."""
     start = torch.full((P * G, N), K)
     start[:, :N // 2] = torch.arange(N // 2)
     with torch.no_grad():
-        traj = rollout(glue.policy, P * G, N, K, T, generator=torch.Generator().manual_seed(2),
+        traj = rollout(amused.policy, P * G, N, K, T, generator=torch.Generator().manual_seed(2),
                        start=start)
     assert torch.equal(traj.codes[:, :N // 2], start[:, :N // 2])
     assert (traj.order[:, :N // 2] == -1).all() and (traj.order[:, N // 2:] >= 0).all()
