@@ -55,6 +55,7 @@ PRESETS = {     # defaults, by model
 
 
 def parse_args():
+    """Return the flags, whose defaults depend on the model: PRESETS."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = sys.exit      # for common.run()

@@ -31,6 +31,7 @@ def has_run() -> bool:
 
 
 def gpu() -> str:
+    """Return the table of GPUs, of gpu.json if it is there."""
     if has_run():
         return findings(read("gpu.json"))
     earlier = read("gpu-earlier.json")
@@ -39,6 +40,7 @@ def gpu() -> str:
 
 
 def cpu() -> str:
+    """Return the table of seconds and GB on a CPU, plain beside ours."""
     found = read("bench-small-cpu.json")
     s, peak, share = found["seconds"], found["update_peak_gb"], found["share_of_matmul_rate"]
     rows = [["", "plain", "ours", "ratio", "ours, share of the matmul rate"]]
@@ -51,6 +53,7 @@ def cpu() -> str:
 
 
 def load() -> str:
+    """Return the table of the GB that loading a checkpoint takes, by its format."""
     rows = [["file", "weights, GB", "peak, GB", "ratio"]]
     for name, row in read("bench-load.json").items():
         if name != "decode_gb":
