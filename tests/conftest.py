@@ -8,17 +8,15 @@ import sys
 import threading
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact comparisons: the CPU on every machine
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # exact comparisons: the CPU on every machine
+os.environ["OMP_NUM_THREADS"] = "1"         # of the processes that tests start, too
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests/data"
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 from model import load_magvit, load_showo  # noqa: E402  (it mends a torchvision for open_clip)
-
-torch.set_num_threads(1)
 
 
 def read_json(name):

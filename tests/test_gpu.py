@@ -40,8 +40,7 @@ PRETEND = ROOT / "tests/pretend_gpu.py"
 def start(*command):
     """Start python with these words."""
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """results/memory.py runs at its tiny size and counts what can be known beforehand."""
 import json
-import os
 import subprocess
 import sys
 
@@ -12,8 +11,7 @@ def test_table_of_memory(tmp_path):
     """A row for each setting; 16 bytes a parameter for weight, gradient and two moments."""
     md, numbers = tmp_path / "memory.md", tmp_path / "memory.json"
     subprocess.run([sys.executable, "results/memory.py", "--size", "tiny", "--md", md,
-                    "--json", numbers], cwd=ROOT, check=True, timeout=600,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+                    "--json", numbers], cwd=ROOT, check=True, timeout=600)
     found = json.loads(numbers.read_text())
     size, lora, rows = found["bytes"]["all weights"], found["bytes"]["--lora"], found["GB"]
     assert size["weights"] + size["gradients"] + size["moments"] == 16 * found["parameters"]
