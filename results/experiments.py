@@ -39,7 +39,7 @@ DEFAULT = dict(
     eval_reward="geneval:official,geneval:exact:0,clip:shapes/clip:0", steps=20,
     prompts_per_step=8, group_size=8, unmask_steps=12, no_kl=True, filter_low=True,
     transition="p2", ratio="sum", lr="8e-4", eval_every=20, save_every=0)
-SEEDS = {"long": (3,)}          # of the others 3 to 7
+SEEDS = {"long": (3, 4)}        # of the others 3 to 7
 
 # of the log, over steps
 MEANS = ("adv_zero", "resampled", "grad_norm", "kl_ref", "taken")
@@ -64,6 +64,7 @@ COLUMNS = {
 
 FIRST = dict(ratio="mean", prompts_per_step=16, lr="7e-4")      # the README's first command
 LONG = FIRST | dict(steps=200, eval_every=25)
+SLOW, BOTH = dict(lr="2e-4"), dict(reward="clip:shapes/clip,geneval:exact")
 AR_LR = "4e-4"
 
 
@@ -88,8 +89,9 @@ EXPERIMENTS = {
     "reduction": {"all 12": {}, "first 6": half("first"), "last 6": half("last"),
                   "T 6": dict(unmask_steps=6)},
     "reward": {"clip": {}, "geneval:exact": dict(reward="geneval:exact"),
-               "both": dict(reward="clip:shapes/clip,geneval:exact")},
-    "long": {"no KL": LONG, "KL 0.05": LONG | kl(0.05)},
+               "both": BOTH},
+    "long": {"no KL": LONG, "KL 0.05": LONG | kl(0.05), "lr 2e-4": LONG | SLOW,
+             "lr 2e-4, both": LONG | SLOW | BOTH},
 }
 
 
