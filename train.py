@@ -49,9 +49,9 @@ PRESETS = {     # defaults, by model
     "showo": dict(steps=625, group_size=6, prompts_per_step=2, unmask_steps=50, lr=3e-6, warmup=62,
                   weight_decay=0.02, micro_batch=6, reward="clip", eval_every=50, eval_n=1,
                   eval_unmask_steps=50, eval_guidance=5.0, save_every=100),
-    "shapes": dict(steps=45, group_size=8, prompts_per_step=16, unmask_steps=12, lr=7e-4, warmup=3,
-                   weight_decay=0.0, micro_batch=256, reward="clip:shapes/clip", eval_every=15,
-                   eval_n=8, eval_unmask_steps=12, eval_guidance=0.0, save_every=15)}
+    "shapes": dict(steps=30, group_size=8, prompts_per_step=16, unmask_steps=12, lr=7e-4, warmup=3,
+                   weight_decay=0.0, micro_batch=256, reward="clip:shapes/clip", eval_every=10,
+                   eval_n=8, eval_unmask_steps=12, eval_guidance=0.0, save_every=10)}
 
 
 def parse_args():

@@ -1,7 +1,7 @@
 """Look at the tiny world: what its base draws, in which order, and how its CLIP judges.
 
     python results/world.py --json results/world.json       # a minute
-    python results/world.py --ckpt runs/NAME/checkpoint-45 --json results/world-seed43.json
+    python results/world.py --ckpt runs/NAME/checkpoint-30 --json results/world-seed42.json
 
 base: GenEval's rule (official), and the stricter ones, by family (mean: of the families, not of the
 prompts); 63 held-out prompts x --n pictures. relations: the share of pictures that show what was
@@ -12,7 +12,8 @@ each iteration places, and the policy's entropy at the tokens that it places, in
 often the CLIP ranks a right picture over a wrong one, by family. Four kinds of wrong pictures:
 "other", of another prompt of the family; "near", with one thing changed (a class, the count by one,
 a colour, the relation, colours exchanged); "more", with an object that nobody asked for; "drawn",
-what the policy draws wrong, beside what it draws right for the same prompt.
+what the policy draws wrong, beside what it draws right for the same prompt. counts: the CLIP's mean
+score of pictures that show so many objects, by the number that was asked for.
 """
 import argparse
 import copy
@@ -164,6 +165,20 @@ def ranked_drawn(clip, lines, pictures, right) -> dict:
     return {"mean": sum(known) / len(known) if known else None, **shares}
 
 
+def counts(clip, n) -> dict:
+    """Return the mean score of the CLIP by the number of objects that is asked for, and that is
+    shown, 1 to 6: {asked: [Float]}; n pictures of each held-out prompt."""
+    rng, out = random.Random(0), {}
+    for asked in shapes.NUMBERS:
+        lines = [line for line in shapes.prompts("eval") if line["include"][0]["count"] == asked]
+        texts, out[asked] = [line["prompt"] for line in lines for _ in range(n)], []
+        for shown in range(1, 7):
+            metadata = [{"include": [line["include"][0] | {"count": shown}]} for line in lines]
+            pictures = torch.stack([render(one, rng)[0] for one in metadata for _ in range(n)])
+            out[asked].append(clip(pictures, texts).mean().item())
+    return out
+
+
 def look(n, clip_name, ckpt) -> dict:
     """Return all numbers; see the top."""
     showo, magvit = load_models("shapes", ckpt=ckpt)
@@ -187,6 +202,7 @@ def look(n, clip_name, ckpt) -> dict:
             "more": ranked(clip, asked, right, wrong_pictures(asked, with_more, rng)),
             "drawn": ranked_drawn(clip, lines, pictures, found["exact"]),
         },
+        "counts": counts(clip, n),
     }
 
 
@@ -200,6 +216,9 @@ def show(numbers):
     print("\nrelations             asked       opposite")
     for tag, row in numbers["relations"].items():
         print(f"{tag:<14}{row['asked']:>13.3f}{row['opposite']:>15.3f}")
+    print("\ncounts        " + "".join(f"{shown:8}" for shown in range(1, 7)))
+    for asked, scores in numbers["counts"].items():
+        print(f"{asked:<14}" + "".join(f"{score:8.1f}" for score in scores))
     order = numbers["order"]
     print("\norder         " + "".join(f"{t:6}" for t in range(len(order["tokens"]))))
     for name in ("tokens", "objects", "entropy"):

@@ -152,10 +152,10 @@ def test_codes_are_the_templates(pictures, base):
 
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory):
-    """What results/world.py writes of 4 pictures of each held-out prompt."""
+    """What results/world.py writes of 3 pictures of each prompt."""
     path = tmp_path_factory.mktemp("world") / "world.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["world.py", "--n", "4", "--json", str(path)])
+        patch.setattr(sys, "argv", ["world.py", "--n", "3", "--json", str(path)])
         world.main()
     return json.loads(path.read_text())
 
@@ -171,9 +171,9 @@ def test_the_shipped_base_is_fair(looked):
     assert min(right.values()) >= 0.10 and max(right.values()) <= 0.95
 
 
-def test_the_shipped_base_knows_what_relations_mean(base):
+def test_the_shipped_base_knows_what_relations_mean(looked):
     """It draws what was asked more often than the opposite, though it often draws neither."""
-    found = world.relations(*base, n=8, T=12)
+    found = looked["relations"]
     for tag, times in (("position", 5), ("color_attr", 3)):
         assert found[tag]["asked"] >= max(0.2, times * found[tag]["opposite"])
 
@@ -208,6 +208,14 @@ def test_the_shipped_clip_is_good_and_can_be_fooled(looked):
         assert ranked["near"][tag] > 0.9
     for tag in ("position", "color_attr"):
         assert 0.3 < ranked["near"][tag] < 0.7
+
+
+def test_the_shipped_clip_counts_to_four_and_no_further(looked):
+    for asked, scores in looked["counts"].items():
+        right = scores[int(asked) - 1]
+        assert right == max(scores) and scores[int(asked) - 2] < right - 5
+    *_, fourth, fifth, _ = looked["counts"]["4"]
+    assert 0 < fourth - fifth < 2       # it has never seen five
 
 
 def test_a_family_without_a_wrong_drawing_has_no_share():
