@@ -37,7 +37,7 @@ from sample import Trajectory, transition_log_prob  # noqa: E402
 # the rest; the side of the product that is timed
 SIZES = {"showo-512": ("showo-512", None, "ViT-H-14", 50, 8, 8192),
          "tiny": ("shapes", dict(ch=32, ch_mult=[1, 1, 1], num_res_blocks=[1, 1, 1], z_channels=8),
-                  "tiny", 4, 4, 256)}
+                  "tiny", 4, 2, 256)}
 TINY_CLIP = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32,
                                              "patch_size": 16, "head_width": 16},
              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2,

@@ -373,7 +373,7 @@ def main(out):
     scenario("not-finite")
     spoil_gradients(None)
     with pytest.raises(SystemExit) as error:
-        scenario("never-finite", "--steps", 25, "--group-size", 2, "--unmask-steps", 1,
+        scenario("never-finite", "--steps", 25, "--prompts-per-step", 1, "--unmask-steps", 1,
                  "--no-filter-low")
     (out / f"never-finite-{common.rank()}.txt").write_text(str(error.value))
 

@@ -171,9 +171,9 @@ def test_the_shipped_base_is_fair(looked):
     assert min(right.values()) >= 0.10 and max(right.values()) <= 0.95
 
 
-def test_the_shipped_base_knows_what_relations_mean(looked):
+def test_the_shipped_base_knows_what_relations_mean(base):
     """It draws what was asked more often than the opposite, though it often draws neither."""
-    found = looked["relations"]
+    found = world.relations(*base, n=8, T=12)
     for tag, times in (("position", 5), ("color_attr", 3)):
         assert found[tag]["asked"] >= max(0.2, times * found[tag]["opposite"])
 
