@@ -182,6 +182,7 @@ def test_every_arm_takes_a_step(monkeypatch, tmp_path, flags):
     train.main()
     row, = read_rows(tmp_path / "run/metrics.jsonl")
     assert row["taken"] == 1
+    assert (row["ratio_max"] == 1 and row["grad_norm"] > 0) or row["adv_zero"] == 1
 
 
 # ------------------------------------------------------------------------------------- the rest
