@@ -1,483 +1,63 @@
-"""GenEval (arXiv 2310.11513): draw the prompts, detect objects and colours, score, summarise.
+"""GenEval (arXiv 2310.11513): draw the prompts in its folder layout, score a folder, summarise.
 
     python eval_geneval.py --model showlab/show-o-512x512 --out runs/geneval
     torchrun --nproc_per_node 8 eval_geneval.py --ckpt runs/NAME/checkpoint-1000 --out runs/after
     python eval_geneval.py --score-only DIR                   # pictures of any other model
     python eval_geneval.py --model shapes --out runs/eval     # the tiny base, its exact detector
-    python eval_geneval.py --write-prompts geneval-train.jsonl --n 50000        # to train on
 
-Three things are passed around:
-
-    example     a prompt with its metadata, {"tag": "counting", "include": [{"class": "cow",
-                "count": 2}], "exclude": [{"class": "cow", "count": 3}], "prompt": "a photo of ..."}
-    detections  {class: [[x1, y1, x2, y2, score], ...]}, in pixels
-    colours     {class: [colour, ...]}, one per box that filter_detections keeps, in its order
-
-Rules and texts are those of djghosh13/geneval, evaluate_images.py and summary_scores.py.
-Departures: the detector is transformers' Mask2Former with mmdet's post-processing. Its weights are
-of another training run than mmdet's, so compare only numbers of one detector (summary.json names
-it). strict_score and exact_score are not part of GenEval: they make its rules training rewards.
+A folder holds NNNNN/metadata.jsonl and NNNNN/samples/KKKK.png for each prompt, as upstream; and
+drawn.json, which says what drew the pictures: others are never taken for them. Rules and detector:
+support/geneval.py. Prompts: prompts/geneval.jsonl, made by prompts/make_geneval.py.
 """
-import argparse
-import functools
 import json
-import math
-import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
-import common
-import shapes
-from checkpoint import fetch, write_json
-from model import is_shapes, load_models
-from sample import generate
+from sample import drawer
+from shapes import world
+from support import flags, geneval, pictures, processes
+from support.prompts import read_prompts
+from support.weights import is_shapes, read_json, write_json
 
-DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-RULES = ("exact", "strict", "partial", "official")      # as rewards, see verdicts()
-COLOUR_CLIP = "ViT-L-14-quickgelu/openai"
-THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, OVERLAP = 0.3, 0.9, 16, 0.1
-SHARES = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
-RELATIONS = ["left of", "right of", "above", "below"]
-COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
-CLASSES = (  # entry i is the detector's class i
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
-    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
-    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
-    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,"
-    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,"
-    "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,"
-    "hair drier,toothbrush").split(",")
-_resize = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 
-
-def geneval_prompts(seed: int = 43, n: int = 100) -> list[dict]:
-    """Return the examples, n of each tag less duplicates; the defaults give the official 553 of
-    djghosh13/geneval, prompts/create_prompts.py."""
-    rng = np.random.default_rng(seed)
-    examples = []
-    for i in rng.choice(len(CLASSES), size=min(n, len(CLASSES)), replace=False):
-        x = {"class": CLASSES[i], "count": 1}
-        examples.append(shapes.line("single_object", _an(x), x))
-    for tag in ("two_object", "counting", "colors", "position", "color_attr"):
-        examples += [draw_example(tag, rng) for _ in range(n)]
-    return list({json.dumps(example): example for example in examples}.values())
-
-
-def draw_example(tag, rng) -> dict:
-    """Return a random example of a tag (not single_object), with GenEval's random numbers."""
-    things = CLASSES[1:]  # all but a person
-    if tag == "counting":
-        name, count = _pick(rng, CLASSES), int(rng.integers(2, 4, endpoint=True))
-        x, more = {"class": name, "count": count}, {"class": name, "count": count + 1}
-        text = f"{shapes.NUMBERS[count]} {shapes.plural(name)}"
-        return shapes.line(tag, text, x, exclude=[more])
-    if tag == "colors":
-        x = {"class": _pick(rng, things), "count": 1, "color": _pick(rng, COLOURS)}
-        return shapes.line(tag, _an(x), x)
-    names = _pick_two(rng, things if tag == "color_attr" else CLASSES)
-    x, y = ({"class": name, "count": 1} for name in names)
-    if tag == "position":
-        relation = _pick(rng, RELATIONS)
-        text = f"{_an(x)} {relation} {_an(y)}"
-        return shapes.line(tag, text, y, x | {"position": [relation, 0]})
-    if tag == "color_attr":
-        x["color"], y["color"] = _pick_two(rng, COLOURS)
-    return shapes.line(tag, f"{_an(x)} and {_an(y)}", x, y)
-
-
-def training_prompts(n: int, seed: int = 0) -> list[dict]:
-    """Return n examples to train on, none of which asks what an official prompt asks, whatever the
-    order of its two objects. The SHARES of the tags are those of yifan123/flow_grpo."""
-    rng, held_out = np.random.default_rng(seed), {_asks(e) for e in geneval_prompts()}
-    shares = np.array(list(SHARES.values())) / sum(SHARES.values())
-    examples = []
-    for tag in rng.choice(list(SHARES), size=n, p=shares):
-        example = draw_example(tag, rng)
-        while _asks(example) in held_out:
-            example = draw_example(tag, rng)
-        examples.append(example)
-    return examples
-
-
-def check_metadata(examples, tiny):
-    """End the program with a line unless each example has metadata, of things that the detector
-    knows; others would have the reward 0 for ever. tiny: the detector of shapes."""
-    classes, colours = (shapes.CLASSES, list(shapes.COLOURS)) if tiny else (CLASSES, COLOURS)
-    for example in examples:
-        for clause in [*example.get("include", [{}]), *example.get("exclude", [])]:
-            if not ("tag" in example and clause.get("class") in classes and "count" in clause
-                    and clause.get("color", colours[0]) in colours
-                    and clause.get("position", RELATIONS)[0] in RELATIONS):
-                raise SystemExit(f"GenEval's rules need a tag and metadata of things that the "
-                                 f"detector knows, not {clause} of {example['prompt']!r}")
-
-
-def _asks(example):
-    """Return what a prompt asks, less the order of its objects and the sense of its relation."""
-    axis = {"left of": 0, "right of": 0, "above": 1, "below": 1}
-    return example["tag"], frozenset(
-        (clause["class"], clause["count"], clause.get("color")) for clause in example["include"]), {
-        axis[clause["position"][0]] for clause in example["include"] if "position" in clause} == {1}
-
-
-def _an(clause):
-    return shapes.an(f"{clause.get('color', '')} {clause['class']}".strip())
-
-
-def _pick(rng, names):
-    return names[rng.choice(len(names))]
-
-
-def _pick_two(rng, names):
-    return [names[i] for i in rng.choice(len(names), size=2, replace=False)]
-
-
-def filter_detections(raw: dict, tag: str) -> dict:
-    """Return the detections that count: score over 0.3 (0.9 for counting), 16 a class, best first,
-    equal ones in reverse order."""
-    threshold = np.float32(COUNTING_THRESHOLD if tag == "counting" else THRESHOLD)
-    kept = {}
-    for name, boxes in raw.items():
-        best_first = sorted(boxes, key=lambda box: np.float32(box[4]))[::-1]
-        confident = [box for box in best_first if np.float32(box[4]) > threshold]
-        if confident:
-            kept[name] = confident[:MAX_OBJECTS]
-    return kept
-
-
-def relative_position(a, b) -> set[str]:
-    """Return where box a lies seen from box b: at most two of RELATIONS, none if the centres are
-    no further apart than a tenth of the boxes' sizes, by which the offset is shortened."""
-    offset, shortened = [], []
-    for k in (0, 1):
-        distance = (a[k] + a[k + 2] - b[k] - b[k + 2]) / 2
-        slack = OVERLAP * (abs(a[k + 2] - a[k]) + abs(b[k + 2] - b[k]))
-        offset.append(distance)
-        shortened.append(math.copysign(max(abs(distance) - slack, 0), distance))
-    if max(map(abs, shortened)) < 1e-3:
-        return set()
-    x, y = (side / math.hypot(*offset) for side in shortened)
-    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {name for name, true in holds.items() if true}
-
-
-def check_clauses(detections, metadata, colours, strict):
-    """Return what is wrong (texts), and credits for each count, colour and position (1 = right).
-
-    strict: a class needs exactly its number of boxes, exclude does not count; else the official
-    rules, for which the best boxes alone count."""
-    faults, credits = [], []
-    matched = []  # the boxes of each clause, None when it is not fulfilled
-    for clause in metadata.get("include", []):
-        name, wanted = clause["class"], clause["count"]
-        boxes = detections.get(name, [])
-        if not strict:
-            boxes = boxes[:wanted]
-        credits.append(1 - abs(wanted - len(boxes)) / wanted)
-
-        fault = None
-        if len(boxes) != wanted:
-            sign = "==" if strict else ">="
-            fault = f"expected {name}{sign}{wanted}, found {len(boxes)}"
-            if "color" in clause or "position" in clause:
-                credits.append(0.0)
-        elif "color" in clause:
-            colour, seen = clause["color"], colours[name][:wanted]
-            found = seen.count(colour)
-            credits.append(1 - abs(wanted - found) / wanted)
-            if found < wanted:
-                others = ", ".join(f"{seen.count(c)} {c}" for c in COLOURS if c in seen)
-                fault = f"expected {colour} {name}>={wanted}, found {found} {colour}; and {others}"
-        if fault is None and "position" in clause:
-            relation, target = clause["position"]
-            fault = _check_position(name, boxes, relation, matched[target])
-            credits.append(float(fault is None))
-
-        matched.append(boxes if fault is None else None)
-        if fault is not None:
-            faults.append(fault)
-
-    exclude = [] if strict else metadata.get("exclude", [])
-    for clause in exclude:
-        found = len(detections.get(clause["class"], []))
-        if found >= clause["count"]:
-            faults.append(f"expected {clause['class']}<{clause['count']}, found {found}")
-    return faults, credits
-
-
-def _check_position(name, boxes, relation, targets):
-    if targets is None:
-        return f"no target for {name} to be {relation}"
-    for box in boxes:
-        for target in targets:
-            found = relative_position(box, target)
-            if relation not in found:
-                found = " and ".join(sorted(found))
-                return f"expected {name} {relation} target, found {found} target"
-    return None
-
-
-def score(detections: dict, metadata: dict, colours: dict) -> tuple[bool, str]:
-    """Return the official verdict: whether a picture is correct, and why not, a line per fault.
-    detections: filtered; metadata: an example; colours: of the classes with a colour clause."""
-    faults, _ = check_clauses(detections, metadata, colours, strict=False)
-    return not faults, "\n".join(faults)
-
-
-def strict_score(detections: dict, metadata: dict, colours: dict) -> tuple[bool, str, float]:
-    """Return the verdict of GenEval as a training reward: correct, reason, partial credit.
-
-    Correct needs exactly the wanted number of each class. The credit is the mean over counts,
-    colours and positions; surplus boxes can make it very negative. Source: yifan123/reward-server,
-    but a position counts once (as in Yovecent/UDM-GRPO)."""
-    faults, credits = check_clauses(detections, metadata, colours, strict=True)
-    return not faults, "\n".join(faults), sum(credits) / len(credits) if credits else 0.0
-
-
-def exact_score(raw: dict, metadata: dict, colours: dict) -> bool:
-    """Return whether strict_score accepts raw detections that hold nothing else over 0.3: the only
-    verdict of the three that does not gain by more objects."""
-    strict, _, _ = strict_score(filter_detections(raw, metadata["tag"]), metadata, colours)
-    n_asked = sum(clause["count"] for clause in metadata.get("include", []))
-    return strict and sum(map(len, filter_detections(raw, "").values())) == n_asked
-
-
-def verdicts(examples: list[dict], found: list) -> dict:
-    """Return numbers, Float[B] each, of B examples and what a detector found in their pictures.
-
-    found: B pairs (raw detections, colours). "official": score(); "exact", "strict", "partial":
-    exact_score and strict_score."""
-    rows = []
-    for example, (raw, colours) in zip(examples, found, strict=True):
-        kept = filter_detections(raw, example["tag"])
-        strict, _, partial = strict_score(kept, example, colours)
-        rows.append({"official": score(kept, example, colours)[0], "strict": strict,
-                     "partial": partial, "exact": exact_score(raw, example, colours)})
-    return {name: torch.tensor([float(row[name]) for row in rows]) for name in rows[0]}
-
-
-def summary(rows: list[dict]) -> str:
-    """Return the official summary text of results rows (tag, correct, metadata)."""
-    by_tag, by_prompt = {}, {}
-    for row in rows:
-        by_tag.setdefault(row["tag"], []).append(bool(row["correct"]))
-        by_prompt.setdefault(row["metadata"], []).append(bool(row["correct"]))
-    images = np.mean([bool(row["correct"]) for row in rows])
-    prompts = np.mean([any(correct) for correct in by_prompt.values()])
-    overall = np.mean([np.mean(correct) for correct in by_tag.values()])
-    tags = [f"{tag:<16} = {np.mean(correct):.2%} ({sum(correct)} / {len(correct)})"
-            for tag, correct in by_tag.items()]
-    return "\n".join([
-        "Summary", "=======", f"Total images: {len(rows)}", f"Total prompts: {len(by_prompt)}",
-        f"% correct images: {images:.2%}", f"% correct prompts: {prompts:.2%}", "",
-        "Task breakdown", "==============", *tags, "",
-        f"Overall score (avg. over tasks): {overall:.5f}", ""])
-
-
-def scores(rows: list[dict]) -> dict:
-    """Return {"overall" and each tag: [share of correct pictures, low, high]} of results rows: a
-    95% interval from the spread over the prompts of each tag; overall is the mean over tags."""
-    by_tag, found = {}, {}
-    for row in rows:
-        by_prompt = by_tag.setdefault(row["tag"], {})
-        by_prompt.setdefault(row["metadata"], []).append(bool(row["correct"]))
-    for tag, by_prompt in by_tag.items():
-        error = np.std([np.mean(correct) for correct in by_prompt.values()]) / len(by_prompt) ** 0.5
-        found[tag] = np.mean(sum(by_prompt.values(), [])), error
-    mean, error = (np.array(x) for x in zip(*found.values(), strict=True))
-    found = {"overall": (mean.mean(), (error ** 2).sum() ** 0.5 / len(error)), **found}
-    return {tag: [round(float(mean + z * error), 5) for z in (0, -1.96, 1.96)]
-            for tag, (mean, error) in found.items()}
-
-
-def load_clip(name: str, device="cpu"):
-    """Load a CLIP model by open_clip: (model, its transform of PIL pictures, tokenizer).
-
-    name: MODEL/PRETRAINED of open_clip, PRETRAINED a tag or a file; or a hub id or folder with
-    open_clip_config.json and weights."""
-    import open_clip
-    model_name, _, pretrained = name.partition("/")
-    sound = pretrained
-    if model_name not in open_clip.list_models():
-        folder, pretrained = fetch(name), None
-        sound, model_name = any(folder.glob("open_clip_*model.*")), f"local-dir:{folder}"
-    if not sound:       # open_clip would go on with random weights
-        raise SystemExit(f"clip:{name}: wanted MODEL/PRETRAINED, such as {COLOUR_CLIP}, or a folder"
-                         " with open_clip_config.json and open_clip_model.safetensors")
-    try:
-        trained = open_clip.get_pretrained_cfg(model_name, pretrained) if pretrained else {}
-        model, _, transform = open_clip.create_model_and_transforms(
-            model_name, pretrained=pretrained, device=device,
-            force_quick_gelu=trained.get("quick_gelu", False))      # else open_clip only warns
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"clip:{name}: open_clip cannot load it ({str(error).splitlines()[0]}); "
-                         "check the name, the file and the network") from None
-    return freeze_for_scoring(model, device), transform, open_clip.get_tokenizer(model_name)
-
-
-def load_whole(kind, name):
-    """Load transformers' model of a kind, which by itself goes on without weights that lack."""
-    model, info = kind.from_pretrained(fetch(name), output_loading_info=True)
-    if info["missing_keys"]:
-        raise SystemExit(f"{name}: lacks {len(info['missing_keys'])} weights of {kind.__name__}")
-    return model
-
-
-def freeze_for_scoring(model, device):
-    """Return a CLIP model on device without gradients, in half precision on a GPU, but for
-    logit_scale: exp() would magnify its rounding."""
-    scale = model.logit_scale.data.float()
-    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    model.eval().requires_grad_(False).to(device, dtype)
-    model.logit_scale.data = scale.to(device)
-    return model
-
-
-def instances(class_logits, mask_logits, padded, resized, original, max_per_image=100,
-              min_score=0.0):
-    """Return labels Long[n], boxes Float[n, 5] and masks Bool[n, H, W], best class score first.
-
-    class_logits Float[Q, C + 1] and mask_logits Float[Q, h, w]: Mask2Former's of one picture;
-    padded, resized, original: (height, width) of the network's input, of the picture in its upper
-    left corner, and of the picture itself. Boxes are x1, y1, x2, y2 in pixels of the original, and
-    a score: class score times mask score. Class scores up to min_score are left out; no mask
-    could lift them. Source: mmdet 2.28.2, MaskFormerFusionHead.instance_postprocess."""
-    probs = class_logits.float().softmax(-1)[:, :-1]                                # (Q, C)
-    class_scores, pair = probs.flatten().topk(min(max_per_image, probs.numel()))
-    class_scores, pair = class_scores[class_scores > min_score], pair[class_scores > min_score]
-    query, labels = pair // probs.shape[1], pair % probs.shape[1]
-    if not len(pair):
-        return labels, torch.zeros(0, 5), torch.zeros(0, *original, dtype=torch.bool)
-
-    used, index = query.unique(return_inverse=True)  # a query may stand for several classes
-    logits = _resize(mask_logits[used][None].float(), padded)[..., :resized[0], :resized[1]]
-    logits = _resize(logits, original)[0]                                           # (used, H, W)
-    masks = logits > 0
-    mask_scores = (logits.sigmoid() * masks).flatten(1).sum(1) / (masks.flatten(1).sum(1) + 1e-6)
-    edges = []
-    for line in (masks.any(1), masks.any(2)):  # columns, rows: the first, the last + 1
-        last = line.shape[1] - line.flip(1).int().argmax(1)
-        edges.append([line.int().argmax(1), torch.where(line.any(1), last, 0)])
-    (x1, x2), (y1, y2) = edges
-    boxes = torch.stack([x1, y1, x2, y2, mask_scores], 1).float()[index]
-    boxes[:, 4] *= class_scores
-    return labels, boxes, masks[index]
-
-
-class Detector(torch.nn.Module):
-    """Mask2Former for the objects, zero-shot CLIP for their colours.
-
-    Called with images uint8[B, 3, H, W] and B examples, it returns B pairs: detections in ascending
-    score, and colours of the classes whose colour is asked for. batch: pictures, of 1 GB each."""
-    SHORT_SIDE, LONG_SIDE = 800, 1333   # pixels
-
-    def __init__(self, name=DETECTOR, device="cpu", batch=8):
-        from transformers import Mask2FormerForUniversalSegmentation
-        super().__init__()
-        self.batch, self.texts = batch, {}
-        self.model = load_whole(Mask2FormerForUniversalSegmentation, name)
-        if self.model.config.num_labels != len(CLASSES):
-            raise SystemExit(f"{name}: has {self.model.config.num_labels} classes, not COCO's 80")
-        self.clip, self.transform, self.tokenizer = load_clip(COLOUR_CLIP, device)
-        self.eval().requires_grad_(False).to(device)
-
-    def forward(self, images, examples):
-        found = []
-        for i in range(0, len(examples), self.batch):
-            found += self.detect_batch(images[i:i + self.batch], examples[i:i + self.batch])
-        return found
-
-    @torch.no_grad()
-    def detect_batch(self, images, examples):
-        """Find the objects of a batch of pictures -> what shapes.detect() returns."""
-        original = images.shape[-2:]
-        pixels, padded, resized = self.preprocess(images)
-        raw = self.model(pixel_values=pixels)
-        found = []
-        for i, image in enumerate(images):
-            objects = instances(raw.class_queries_logits[i], raw.masks_queries_logits[i],
-                                padded, resized, original, min_score=THRESHOLD)
-            labels, boxes, masks = (x.cpu() for x in objects)
-            detections, best_masks = {}, {}
-            for k in boxes[:, 4].argsort(stable=True).tolist():
-                name = CLASSES[labels[k]]
-                detections.setdefault(name, []).append(boxes[k].tolist())
-                best_masks.setdefault(name, []).insert(0, masks[k])
-            kept = filter_detections(detections, examples[i]["tag"])
-            asked = {clause["class"] for clause in examples[i]["include"] if "color" in clause}
-            colours = {name: self.colours(image, name, kept[name], best_masks[name])
-                       for name in asked & kept.keys()}
-            found.append((detections, colours))
-        return found
-
-    def preprocess(self, images):
-        """Return the network's input Float[B, 3, h, w], its size, and the size without padding:
-        the short side is SHORT_SIDE, the long one at most LONG_SIDE; grey up to multiples of 32."""
-        height, width = images.shape[-2:]
-        scale = min(self.LONG_SIDE / max(height, width), self.SHORT_SIDE / min(height, width))
-        resized = [int(side * scale + 0.5) for side in (height, width)]
-        padded = [math.ceil(side / 32) * 32 for side in resized]
-        pixels = _resize(images.to(self.model.device).float(), resized).round()
-        pixels = F.pad(pixels, (0, padded[1] - resized[1], 0, padded[0] - resized[0]), value=128)
-        mean = pixels.new_tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
-        std = pixels.new_tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
-        return (pixels - mean) / std, padded, resized
-
-    def colour_texts(self, name):
-        """Return the mean direction of three sentences per colour, Float[10, E]."""
-        if name not in self.texts:
-            texts = [f"a photo of a {words}" for colour in COLOURS for words in
-                     (f"{colour} {name}", f"{colour}-colored {name}", f"{colour} object")]
-            features = self.clip.encode_text(self.tokenizer(texts).to(self.model.device)).float()
-            features = F.normalize(features, dim=-1).view(len(COLOURS), 3, -1).mean(1)
-            self.texts[name] = F.normalize(features, dim=-1)
-        return self.texts[name].to(self.model.device)
-
-    def colours(self, image, name, boxes, masks):
-        """Return the colours of a class's boxes, by CLIP on their crops, grey outside the masks.
-        PIL resizes them: an argmax can hang on the last bit."""
-        picture = image.permute(1, 2, 0).cpu().numpy()
-        crops = []
-        for box, mask in zip(boxes, masks, strict=False):  # masks of boxes that do not count follow
-            masked = np.where(mask.numpy()[..., None], picture, np.uint8(153))
-            crops.append(self.transform(Image.fromarray(masked).crop(box[:4])))
-        weight = self.clip.token_embedding.weight
-        features = self.clip.encode_image(torch.stack(crops).to(weight.device, weight.dtype))
-        similarity = F.normalize(features.float(), dim=-1) @ self.colour_texts(name).T
-        return [COLOURS[i] for i in similarity.argmax(1).tolist()]
-
-
-load_detector = functools.cache(Detector)       # one for all rewards
-
-
-def draw_folder(out, examples, n, draw, batch, rank, world):
-    """Draw n pictures of every world-th example in the official layout, OUT/NNNNN/metadata.jsonl
-    and samples/; pictures that are there stay, even if other flags drew them."""
+def folders_of(out, examples, n) -> dict:
+    """Write metadata.jsonl for every example that this process draws -> {i: its n pictures}."""
     files = {}
-    for i in range(rank, len(examples), world):
+    for i in range(processes.rank(), len(examples), processes.world()):
         folder = out / f"{i:05d}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         (folder / "metadata.jsonl").write_text(json.dumps(examples[i]))
         files[i] = [folder / f"samples/{k:04d}.png" for k in range(n)]
-    return common.draw_missing(files, examples, draw, batch)
+    return files
 
 
-def score_folder(out, detect, rank=0, world=1) -> list[dict]:
-    """Score the pictures of the official layout -> rows of results.jsonl, columns as upstream."""
-    rows, folders = [], sorted(f for f in out.glob("*") if f.is_dir() and f.name.isdigit())
-    for folder in folders[rank::world]:
-        example = json.loads((folder / "metadata.jsonl").read_text())
-        files = sorted((folder / "samples").glob("*.png"))
-        images = torch.stack([common.read_picture(file) for file in files])
-        found = detect(images, [example] * len(files))
+def folders_in(out) -> list:
+    """Return all folders of pictures in the official layout; SystemExit for one that has none."""
+    folders = sorted(f for f in out.glob("*") if f.is_dir() and f.name.isdigit())
+    if not folders:
+        raise SystemExit(f"{out}: no pictures there, OUT/NNNNN/samples/*.png")
+    for folder in folders:
+        if not (folder / "metadata.jsonl").exists() or not any(folder.glob("samples/*.png")):
+            raise SystemExit(f"{folder}: has no metadata.jsonl, or no picture samples/*.png; draw "
+                             "it again, or remove the folder")
+    return folders
+
+
+def score_folder(folder, detect) -> list[dict]:
+    """Score the pictures of one prompt -> rows of results.jsonl, columns as upstream."""
+    example, rows = json.loads((folder / "metadata.jsonl").read_text()), []
+    by_size = {}
+    for file in sorted(folder.glob("samples/*.png")):
+        image = pictures.read_picture(file)
+        by_size.setdefault(image.shape, []).append((file, image))
+
+    # a detector takes pictures of one size
+    for files, images in (zip(*group, strict=True) for group in by_size.values()):
+        found = detect(torch.stack(images), [example] * len(files))
         for file, (raw, colours) in zip(files, found, strict=True):
-            kept = filter_detections(raw, example["tag"])
-            correct, reason = score(kept, example, colours)
+            kept = geneval.filter_detections(raw, example["tag"])
+            correct, reason = geneval.score(kept, example, colours)
             rows.append({"filename": str(file), "tag": example["tag"], "prompt": example["prompt"],
                          "correct": correct, "reason": reason, "metadata": json.dumps(example),
                          "details": json.dumps(kept)})
@@ -486,61 +66,60 @@ def score_folder(out, detect, rank=0, world=1) -> list[dict]:
 
 def report(out, rows, facts):
     """Write results.jsonl, summary.txt and summary.json, and print the summary."""
-    text, numbers = summary(rows), scores(rows)
+    text = geneval.summary(rows)
+    shares = geneval.shares((row["tag"], row["metadata"], row["correct"]) for row in rows)
+    intervals = {tag: [round(mean + z * error, 5) for z in (-1.96, 1.96)]
+                 for tag, (mean, error) in shares.items()}
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (out / "summary.txt").write_text(text)
     write_json(out / "summary.json", {
-        **{tag: share for tag, (share, _, _) in numbers.items()}, "images": len(rows), **facts,
-        "interval95": {tag: [low, high] for tag, (_, low, high) in numbers.items()}})
-    print(text, *(f"{tag:<16} {share:.3f} [{low:.3f}, {high:.3f}]"
-                  for tag, (share, low, high) in numbers.items()), sep="\n")
+        **{tag: round(mean, 5) for tag, (mean, _) in shares.items()}, "images": len(rows), **facts,
+        "interval95": intervals})
+    print(text, *(f"{tag:<16} {mean:.3f} [{intervals[tag][0]:.3f}, {intervals[tag][1]:.3f}]"
+                  for tag, (mean, _) in shares.items()), sep="\n")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.error, add = sys.exit, p.add_argument
-    add("--out", type=Path, help="folder to draw into and score; pictures in it are kept")
-    add("--score-only", type=Path, metavar="DIR", help="pictures that lie in the official layout")
+    p = flags.parser(__doc__)
+    add = p.add_argument
+    add("--out", type=Path, help="folder to draw into and score; its own pictures stay")
+    add("--score-only", type=Path, metavar="DIR", help="only score pictures in the official layout")
     add("--images-only", action="store_true", help="draw, for another scorer")
-    add("--write-prompts", type=Path, metavar="FILE", help="write --n training prompts")
     add("--prompts", help="jsonl with metadata (default: the 553 official ones, or shapes' 63)")
-    # torchrun takes --n for an abbreviation of its own flags
-    add("--images-per-prompt", "--n", type=int, default=4, dest="n",
-        help="pictures per prompt, or training prompts")
-    add("--detector", default=DETECTOR, help="hub id or folder of a Mask2Former")
-    common.add_model_flags(add)
-    common.add_sampling_flags(p)
-    args = p.parse_args()
-    if args.write_prompts:
-        lines = [json.dumps(example) + "\n" for example in training_prompts(args.n)]
-        return args.write_prompts.write_text("".join(lines))
-
+    add("--detector", default=geneval.DETECTOR, help="hub id or folder of a Mask2Former")
+    flags.add_model_flags(add)
+    flags.add_sampling_flags(add)
+    args, _ = flags.parse(p, {name: preset | {"n": 4} for name, preset in flags.SAMPLING.items()})
     tiny, out = is_shapes(args.model), args.score_only or args.out
     if not out:
         p.error("give --out, the folder to draw into, or --score-only, a folder of pictures")
-    examples = shapes.prompts("eval") if tiny else geneval_prompts()
-    examples = common.read_prompts(args.prompts) if args.prompts else examples
-    check_metadata(examples, tiny)
-    rank, world, device = common.setup(args.device)
-    if not args.images_only:        # before the drawing, so that its faults show at once
-        detect = shapes.detect if tiny else Detector(args.detector, device)
-    if not args.score_only:
-        showo, magvit = load_models(args.model, ckpt=args.ckpt, vq=args.vq, device=device,
-                                    dtype=common.choose_dtype(args.dtype, device),
-                                    compiled=args.compile)
-        settings = {name: getattr(args, name) for name in common.SAMPLING}
-        draw = functools.partial(generate, showo, magvit, **settings)
-        draw_folder(out, examples, args.n, draw, args.batch, rank, world)
-        del showo, magvit, draw
-        common.barrier()
+
+    examples = read_prompts(args.prompts or ("shapes/eval.jsonl" if tiny
+                                             else "prompts/geneval.jsonl"))
+    geneval.check_metadata(examples, *((world.CLASSES, world.COLOURS) if tiny else ()))
+    rank, world_size, device = processes.setup(args.device)
+    dtype = processes.choose_dtype(args.dtype, device)
+    if args.score_only:
+        folders = folders_in(out)[rank::world_size]
+    else:
+        pictures.claim_folder(out, pictures.drawn_with(args, examples, dtype))
+    # before the drawing, so that its faults show at once
     if not args.images_only:
-        rows = common.all_lists(score_folder(out, detect, rank, world))
-        rows.sort(key=lambda row: row["filename"])
-        if not rows:
-            p.error(f"{out}: no pictures there, OUT/NNNNN/samples/*.png")
+        detect = world.detect if tiny else geneval.Detector(args.detector, device)
+
+    if not args.score_only:
+        files = folders_of(out, examples, args.n)
+        draw = drawer(args, device, dtype, [e["prompt"] for e in examples])
+        pictures.draw_missing(files, examples, draw, args.batch)
+        del draw        # the models, whose memory the detector needs
+        folders = [paths[0].parent.parent for paths in files.values()]
+    if not args.images_only:
+        rows = [row for folder in folders for row in score_folder(folder, detect)]
+        rows = sorted(processes.all_lists(rows), key=lambda row: row["filename"])
         if rank == 0:
-            report(out, rows, {"detector": "shapes, exact" if tiny else args.detector})
+            report(out, rows, {"detector": "shapes, exact" if tiny else args.detector,
+                               "drawn": read_json(out / "drawn.json")})
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main)

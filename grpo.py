@@ -5,18 +5,20 @@ samples of each, T iterations.
 
 Departures from the paper:
 - the log of a ratio is bounded by 60, so that no gradient is NaN;
-- the filter sees some groups before it acts, and keeps the stds of all groups of the run;
+- the filter sees some groups before it acts, and keeps the stds of all groups of the run; a group
+  without any spread is low, too;
 - a reward that is not finite (no score) has advantage 0, and its group goes on without it.
 Where the released code departs from the paper, and this file does not:
 - released: the KL compares the policy with itself, whose gradient is 0; here: with a frozen one;
 - released: the ratio is always 1; here: it leaves 1 when rollouts serve a second optimizer step;
 - released: no sample filter; here: SampleFilter;
+- released: the least of two means over a group's terms; here: Eq. 10's mean of least terms;
 - released: advantages are divided by std + 1e-4; here: by std, and equal rewards have zero.
 """
 import torch
 
 
-def group_advantages(rewards):
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """Return the advantages of rewards Float[P, G], each group against its own mean: Float[P, G].
 
     The standard deviation is the sample's (G - 1). Equal rewards have zero advantages. A reward
@@ -25,31 +27,26 @@ def group_advantages(rewards):
     for group, A in zip(rewards, adv, strict=True):
         scored = group.isfinite()
         R = group[scored]
-        equal = len(R) < 2 or R.std() <= 1e-6 * R.abs().amax()      # the spread is rounding alone
+        equal = len(R) < 2 or R.std() <= 1e-6 * R.abs().amax()      # equal up to rounding
         if not equal:
             A[scored] = (R - R.mean()) / R.std()                                    # Eq. 12
     return adv
 
 
-def clipped_objective(logp, logp_old, adv, clip_low=0.9, clip_high=1.2, length=1):
-    """Return Eq. 10 without its KL, to be maximised: a scalar.
+def clipped_objective(log_ratio: torch.Tensor, adv: torch.Tensor, clip_low: float = 0.9,
+                      clip_high: float = 1.2) -> torch.Tensor:
+    """Return Eq. 10 without its KL, to be maximised: a scalar, the mean over the rows given.
 
-    logp Float[B] or [B, T]: transition log-probabilities; logp_old: those of the policy that
-    sampled, without gradient; adv Float[B]. clip_low = 1 - e_low and clip_high = 1 + e_high bound
-    the ratio. It is a mean over the rows given: weigh that of a micro-batch by its share of all
-    rows, len(rows) / B, before backward().
-
-    length: 1 for the ratio of Eq. 11. The geometric mean of the tokens' ratios (GSPO, arXiv
-    2507.18071, Eq. 7) takes the number of tokens that logp sums over, which is the M of
-    traj.positions(t, kind): n_t with Eq. 15, all masked ones with Eq. 13 and 14."""
-    adv = adv.reshape(adv.shape + (1,) * (logp.dim() - adv.dim()))
-    log_ratio = (logp - logp_old.detach()) / max(length, 1)
+    log_ratio Float[B]: the log of Eq. 11, transition_log_prob() minus its value under the policy
+    that sampled, which has no gradient. Divide it by the number of its tokens for the geometric
+    mean of their ratios (GSPO, arXiv 2507.18071, Eq. 7). adv Float[B]. clip_low = 1 - e_low and
+    clip_high = 1 + e_high bound the ratio. Weigh a micro-batch by its share of all rows."""
     ratio = log_ratio.clamp(max=60).exp()                                           # Eq. 11
     clipped = ratio.clamp(clip_low, clip_high)
     return torch.min(ratio * adv, clipped * adv).mean()                             # Eq. 10
 
 
-def kl_k3(logp, logp_ref):
+def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
     """Return the KL(pi_theta || pi_ref) of Eq. 10 by its k3 estimator, exp(d) - d - 1 with d =
     logp_ref - logp: a scalar of at least 0. Its gradient flows through logp.
 
@@ -63,8 +60,8 @@ def kl_k3(logp, logp_ref):
 class SampleFilter:
     """Sec. 3.3: a group whose reward std lies under a percentile of the history's is sampled again.
 
-    percentile: of the history, 0-100; warmup: groups to see before it acts. All groups that are
-    judged enter the history, the rejected ones too, so that the bar does not rise by itself."""
+    percentile: of the history, 0-100; warmup: groups to see before it acts. The history holds all
+    sampled groups: if only those that passed counted, the bar would climb by itself."""
 
     def __init__(self, percentile=10.0, warmup=50):
         self.percentile, self.warmup, self.history = percentile, warmup, []
@@ -77,16 +74,16 @@ class SampleFilter:
         history = torch.tensor(self.history, dtype=torch.float64)
         return torch.quantile(history, self.percentile / 100).item()
 
-    def judge(self, std):
-        """Judge groups by their reward std Float[P], then remember it: call it once for each sample
-        of a group, with the groups of all processes. Return Bool[P], False where a group is to be
-        sampled again (by the caller). A std that is not finite passes, and is not remembered."""
+    def passes(self, std: torch.Tensor) -> torch.Tensor:
+        """Return Bool[P], False where the caller should sample again, for groups' reward stds
+        Float[P]. Equal rewards never pass (the bar of 0-1 rewards is often 0), NaN always does."""
         bar = self.bar
-        passed = torch.ones_like(std, dtype=torch.bool) if bar is None else ~(std < bar)
-        self.history += std[std.isfinite()].tolist()
-        return passed
+        low = torch.zeros_like(std, dtype=torch.bool) if bar is None else (std < bar) | (std == 0)
+        return ~low
 
-    keep = judge        # the old name
+    def remember(self, std: torch.Tensor):
+        """Add the stds of groups, of all processes, to the history; NaN is left out."""
+        self.history += std[std.isfinite()].tolist()
 
     def state_dict(self):
         return {"history": list(self.history)}

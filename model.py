@@ -10,7 +10,8 @@ vocabulary stay here, and so does what makes it fast.
     logits = showo.logits(torch.full((1, showo.N), showo.K, device="cuda"), prompt)   # (1, N, K)
 
 Departures from Show-o's code:
-- a prompt that spells a special token ("<|soi|>", "[PAD]") is plain text, never a control token;
+- a prompt that spells one of Show-o's ten special tokens ("<|soi|>", "[PAD]") is plain text, never
+  a control token (<|endoftext|> is the tokenizer's own, and stays one);
 - the text never sees the image, so its keys and values are computed once per prompt, without
   columns that are padding in every prompt (rotary embeddings are relative: both are exact);
 - of the head only the K columns of image codes, and head and last block only at wanted positions.
@@ -20,28 +21,23 @@ import functools
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import checkpoint as disk
-from checkpoint import TOKENIZER, fetch, load_strict, read_json, read_weights
-
-try:
-    import torchvision  # noqa: F401  (transformers and open_clip import it when it is there)
-except ImportError:
-    pass
-except RuntimeError as error:  # a CUDA build of torchvision beside a CPU build of torch
-    if "torchvision::nms" not in str(error):
-        raise
-    _ops = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _ops.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-from transformers import AutoTokenizer  # noqa: E402
+from support.weights import (
+    TOKENIZER,
+    fetch,
+    image_tokenizer,
+    library,
+    load_strict,
+    mend_tokenizer,
+    read_json,
+    read_weights,
+    write_model,
+)
 
 SPECIALS = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>",
             "<|v2v|>", "<|lvg|>")
@@ -49,7 +45,8 @@ PHI_1_5 = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
                num_attention_heads=32, max_position_embeddings=2048, hidden_act="gelu_new",
                layer_norm_eps=1e-5, rope_theta=10000.0, partial_rotary_factor=0.5,
                initializer_range=0.02, qk_layernorm=True, tie_word_embeddings=False)
-BUDGET = {False: 0.5, True: 0.1}    # the share of activations kept, by grad_checkpoint, if compiled
+BUDGET = {False: 0.5, True: 0.1}    # torch.compile's activation_memory_budget: without, with
+                                    # grad_checkpoint
 
 
 # ------------------------------------------------------------------------------ Phi
@@ -77,26 +74,26 @@ class Phi(nn.Module):
         self.lm_head = nn.Linear(C, vocabulary)
 
 
-def block(x, w, text, rotary, mask, at, heads, half):
+def block(x, w, text, rotary, mask, at, heads, dtype):
     """Compute a layer of Phi as Show-o has it: attention, with layer norms of q and k, and MLP side
     by side on one layer norm. Return Float32 (B, n, C), or (B, M, C).
 
     x Float32 (B, n, C): the residual stream. w: {name: (weight, bias, ...)}. text: keys and values
     (B, heads, n_text, d) that stand before those of x; None: x is the text, whose keys and values
     are returned, too. rotary: cos and sin, (n, r) each. mask: of attention, (B, 1, 1 or n,
-    n_text + n), or None. at Long (B, M): the positions that are wanted, or None. half: the type of
-    products. Norms and sums are float32.
+    n_text + n), or None. at Long (B, M): the positions that are wanted, or None. dtype: of the
+    matrix products; norms and sums are float32.
     Source: transformers' PhiDecoderLayer with qk_layernorm, which Show-o forces."""
-    h = norm(x, w["input_layernorm"]).to(half)                                      # (B, n, C)
+    h = norm(x, w["input_layernorm"]).to(dtype)                                      # (B, n, C)
     keys = norm(split(linear(h, *w["k_proj"]), heads), w["k_layernorm"])    # (B, heads, n, d)
-    keys, values = turn(keys, *rotary).to(half), split(linear(h, *w["v_proj"]), heads)
+    keys, values = turn(keys, *rotary).to(dtype), split(linear(h, *w["v_proj"]), heads)
     if text is not None:
         keys, values = torch.cat([text[0], keys], 2), torch.cat([text[1], values], 2)
     if at is not None:
         x, h = (y.gather(1, at[..., None].expand(-1, -1, y.shape[2])) for y in (x, h))
         rotary = [table[at][:, None] for table in rotary]                           # (B, 1, M, r)
     queries = norm(split(linear(h, *w["q_proj"]), heads), w["q_layernorm"])
-    queries = turn(queries, *rotary).to(half)
+    queries = turn(queries, *rotary).to(dtype)
     if mask is not None:
         mask = mask.expand(-1, -1, queries.shape[2], -1)
 
@@ -134,8 +131,9 @@ def turn(x, cos, sin):
 
 @dataclass
 class Text:
-    """What all image passes over the same P prompts share while the weights stay as they are. Of
-    the vocabulary it holds what image tokens use, so that no gradient is of its whole size."""
+    """What the image passes of P prompts share until the weights change: text keys and values, and
+    the rows of embedding and head that image tokens use (so that no gradient has the size of the
+    vocabulary)."""
     weights: list[dict]             # of each layer, see block()
     layers: list[tuple]             # keys, values of each layer, Float (P, heads, n_text, d)
     embed: torch.Tensor             # Float32 (K + 3, C): codes, mask, soi, eoi
@@ -183,8 +181,10 @@ class Showo(nn.Module):
         self.text_vocab = config["llm_vocab_size"]
         self.code_offset = self.text_vocab + len(SPECIALS)
         self.pad, self.soi, self.eoi, _, _, self.t2i = range(self.text_vocab, self.text_vocab + 6)
-        assert config["vocab_size"] == self.code_offset + self.K + 1, "the vocabulary's parts"
-        assert self.phi["hidden_act"] == "gelu_new" and not self.phi.get("rope_scaling"), "not Phi"
+        if config["vocab_size"] != self.code_offset + self.K + 1:
+            raise ValueError("config.json: the vocabulary is not text, specials, codes and mask")
+        if self.phi["hidden_act"] != "gelu_new" or self.phi.get("rope_scaling"):
+            raise ValueError("phi_config.json: only Phi with gelu_new, without rope_scaling")
         self.showo = Phi(config["vocab_size"], self.phi)
 
     @property
@@ -192,8 +192,8 @@ class Showo(nn.Module):
         return self.showo.lm_head.weight.device
 
     def compute_in(self, dtype):
-        """Let products be of dtype. Frozen projections, if any, are stored in it: a model that is
-        saved with its adapters merged has the rounded base, which is the one that was trained."""
+        """Compute matrix products in dtype. With LoRA the frozen projections are stored in it, too:
+        the merged checkpoint then holds the rounded base, the one that training saw."""
         self.dtype = dtype
         for module in self.showo.model["layers"].modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -258,8 +258,9 @@ class Showo(nn.Module):
 
     @contextlib.contextmanager
     def shared_text(self, prompt: Prompt):
-        """Give a prefilled prompt for many backward passes: their gradients stop at the text and
-        add up, and their sum goes on through it once, when the context ends."""
+        """Prefill once, backpropagate many times. Inside the context the text is a leaf that
+        collects the gradients of all image passes; on exit they go through the text pass in one
+        backward(). In between nothing else may use the leaves."""
         prompt = self.prefill(prompt)
         text = prompt.text
         shared = [*(x for pair in text.layers for x in pair), text.embed, text.head, text.bias]
@@ -285,7 +286,7 @@ class Showo(nn.Module):
 
     def logits(self, codes, prompt: Prompt, *, guidance: float = 0.0, positions=None):
         """Return the logits of codes Long[B, N] (K = masked) under prompts of B rows: Float32
-        [B, N, K], at a position those that predict that position.
+        [B, N, K]; logits[:, i] predict the code at position i.
 
         <|soi|>, image tokens and <|eoi|> see each other both ways and all real text. guidance g:
         (1 + g) conditional - g unconditional, the latter with the empty prompt. positions:
@@ -312,8 +313,9 @@ class Showo(nn.Module):
         ids = F.pad(F.pad(codes, (1, 0), value=self.K + 1), (0, 1), value=self.K + 2)   # soi, eoi
         n, mask = ids.shape[1], None
         if prompt.real is not None:     # without a mask the fastest kernels apply
-            # one row for all queries of all layers: of another type, or if its length in memory is
-            # no multiple of 8, CUDA's attention makes a whole mask of it in each layer
+            # one (1, n) row per picture, broadcast over heads and queries. CUDA's attention copies
+            # it to full size unless it has the queries' dtype and a row stride divisible by 8: pad
+            # it, then cut it
             seen = F.pad(prompt.real[prompt.row], (0, n + -(start + n) % 8), value=True)
             mask = torch.zeros(seen.shape, dtype=self.dtype, device=codes.device)
             mask = mask.masked_fill_(~seen, -math.inf)[:, None, None, :start + n]
@@ -327,10 +329,12 @@ class Showo(nn.Module):
         return norm(x, [p.float() for p in self.showo.model["final_layernorm"].parameters()])
 
     def _run(self, x, w, before, rotary, mask, at):
-        """Do block(). Compiled, one graph serves all layers, numbers of rows and of positions, and
-        lengths of text; a size of 1 would have a graph of its own, and is not compiled."""
+        """Run block(), compiled or checkpointed as configured. One compiled graph serves all
+        layers, numbers of rows and of positions, and lengths of text; a size of 1 would need a
+        graph of its own, and is not compiled."""
         args = (x, w, before, rotary, mask, at, self.phi["num_attention_heads"], self.dtype)
         if self.compiled and before and 1 not in (len(x), at.shape[1] if at is not None else 0):
+            # the dimensions that vary, so that no new graph is made for each value
             for tensor, dims in ((x, [0]), (mask, [0, 3]), (at, [0, 1]),
                                  *((kv, [0, 2]) for kv in before)):
                 if tensor is not None:
@@ -345,11 +349,8 @@ class Showo(nn.Module):
     def save(self, folder):
         """Write Show-o's layout, with the tokenizer's files and phi_config.json."""
         self.tokenizer.save_pretrained(folder)
-        path = Path(folder) / "tokenizer_config.json"
-        config = read_json(path)
-        if config["tokenizer_class"] == "TokenizersBackend":    # which transformers 4 has not
-            disk.write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
-        disk.write_model(folder, "pytorch_model", self.merged_state(), config=self.config,
+        mend_tokenizer(folder)
+        write_model(folder, "pytorch_model", self.merged_state(), config=self.config,
                          phi_config={"model_type": "phi", **self.phi})
 
     def trainable(self) -> dict:
@@ -387,8 +388,8 @@ class Showo(nn.Module):
 
 
 def cast(p, dtype):
-    """Return a weight as dtype, if any. Its gradient is added to the weight's own, in float32, as
-    soon as it is there, so that no second gradient of all weights is kept."""
+    """Cast a weight. The copy's gradient is added to p.grad in float32 as soon as it is computed,
+    so that the low-precision gradients never exist all at once."""
     if dtype in (None, p.dtype):
         return p
     copy = p.detach().to(dtype)
@@ -411,19 +412,23 @@ def compiled_block():
 def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.float32,
                like=None) -> Showo:
     """Load Show-o from a folder or hub id with config.json and weights, or from a bare state_dict
-    file (.pth, .bin, .safetensors), whose config.json lies beside it or in the folder or hub id
-    like. tokenizer: folder or hub id (default: the folder's own, or microsoft/phi-1_5)."""
+    file (.pth, .bin, .safetensors). like: folder or hub id that has the config.json of a bare file,
+    if none stands beside it. tokenizer: folder or hub id (default: the folder's own, or
+    microsoft/phi-1_5)."""
     path = fetch(path_or_hub_id)
     state = {name: weight for name, weight in read_weights(path, device, dtype).items()
              if not name.startswith("mm_projector.")}       # for understanding pictures
     folder = path if path.is_dir() else path.parent
     if read_json(folder / "config.json").get("_class_name") != "Showo":
         folder = fetch(like or "showlab/show-o-512x512", "*config.json")
+    # saved without mm_projector: config.json says so
     config = read_json(folder / "config.json") | {"w_clip_vit": False}
     phi = read_json(folder / "phi_config.json")         # {} with the released weights
     own_tokenizer = folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"
-    text = AutoTokenizer.from_pretrained(fetch(tokenizer or own_tokenizer, *TOKENIZER))
-    assert len(text) <= config["llm_vocab_size"], "the tokenizer has more entries than the model"
+    folder = fetch(tokenizer or own_tokenizer, *TOKENIZER)
+    text = library("transformers").AutoTokenizer.from_pretrained(folder)
+    if len(text) > config["llm_vocab_size"]:
+        raise ValueError(f"{folder}: the tokenizer has more entries than the model")
     with torch.device("meta"):
         model = Showo(config, phi, text)
     load_strict(model, state, path)
@@ -437,7 +442,7 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtyp
 
     model: as for load_showo, or "shapes", the tiny base; ckpt: weights in place of the model's.
     compiled: None = on a GPU."""
-    vq = vq or ("shapes/magvitv2" if is_shapes(model) else "showlab/magvitv2")
+    vq = vq or image_tokenizer(model)
     showo = load_showo(ckpt or model, tokenizer=tokenizer, device=device, dtype=dtype,
                        like=model if ckpt else None)
     showo.compiled = showo.device.type == "cuda" if compiled is None else compiled
@@ -447,15 +452,10 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtyp
     return showo, magvit
 
 
-def is_shapes(model) -> bool:
-    """Return whether --model names the tiny base, or a checkpoint trained from it."""
-    config = read_json(Path(model) / "config.json")
-    return model == "shapes" or config.get("llm_model_path") == "shapes"
-
-
 def describe(showo, magvit, prompts=()) -> str:
     """Return a line that says what was loaded, and whether prompts are too long for encode()."""
-    n_cut = sum(len(showo.tokenizer(text)["input_ids"]) > 126 for text in prompts)
+    n_cut = sum(len(ids) > 128 - 2 for ids in  # <|t2i|> and bos
+                showo.tokenizer(list(prompts))["input_ids"]) if prompts else 0
     millions = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (showo, magvit)]
     return (f"{showo.source}: {millions[0]:.1f}M, N {showo.N}, K {showo.K}; {magvit.source}: "
             f"{millions[1]:.1f}M; on {showo.device}" + (
@@ -580,7 +580,7 @@ class MAGVITv2(nn.Module):
 
     def save(self, folder):
         """Write config.json and model.safetensors."""
-        disk.write_model(folder, "model", self.state_dict(), config=self.config)
+        write_model(folder, "model", self.state_dict(), config=self.config)
 
 
 def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
@@ -590,7 +590,7 @@ def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
         model = MAGVITv2(read_json(path / "config.json"))
     load_strict(model, read_weights(path, device, torch.float32), path)
     model.source = path_or_hub_id
-    if torch.device(device).type == "cpu":  # a third less time there; CUDA's GroupNorm undoes it
+    if torch.device(device).type == "cpu":  # channels_last: a third faster there, no gain on CUDA
         model = model.to(memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
 

@@ -7,8 +7,8 @@ All above the section "pictures" needs torch alone and one function, so it can b
 
     policy(codes: Long[B, N]) -> logits: Float[B, N, K]     # closed over the prompts; K = masked
 
-The columns are the K codes alone: a model with its mask token inside its vocabulary cuts that
-column out, or sets it to -inf, so that it is never drawn.
+If your model's vocabulary contains the mask token, drop that column or set it to -inf. Put the
+model into eval mode: with dropout every pass is another policy than the one that sampled.
 
 State s_t = (c, t, Y_t), action a_t = Y_{t+1}, start all masked (Eq. 7-9). t counts from 0.
 
@@ -53,7 +53,7 @@ class Trajectory:
 
     def positions(self, t, kind):
         """Return the positions that Eq. 13-15 read at iteration t, the newly unmasked first: Long
-        (B, M). p2 reads the newly unmasked alone (at least one position); p1 and ar all masked."""
+        (B, M). p2 reads only those (at least one position); p1 and ar read all masked ones."""
         N = self.codes.shape[1]
         start, end = N - self.n_masked[t], N - self.n_masked[t + 1]
         by_time = self.order.argsort(dim=1, stable=True)
@@ -90,25 +90,26 @@ class Trajectory:
 def mask_schedule(N: int, T: int, kind: str = "cosine") -> torch.Tensor:
     """Return Long[T]: how many of N tokens stay masked after each iteration; the last entry is 0.
 
-    n_t of Eq. 4 is the drop from one to the next. floor(N r_t) with r_t = cos(pi/2 (t+1)/T), or
-    1 - (t+1)/T for "linear", in float32, clamped to [1, masked - 1] as in Show-o."""
+    n_t of Eq. 4 is the drop from one to the next. floor(N cos(pi/2 (t+1)/T)) in float32, clamped to
+    [1, masked - 1] as in Show-o."""
+    if kind != "cosine":
+        raise ValueError(f"mask_schedule: there is no {kind!r}, only 'cosine'")
     n_masked = [N]
     for t in range(T):
-        u = torch.tensor((t + 1) / T)
-        ratio = {"cosine": torch.cos(u * math.pi * 0.5), "linear": 1 - u}[kind]
+        ratio = torch.cos(torch.tensor((t + 1) / T) * math.pi * 0.5)
         n_masked.append(max(1, min(n_masked[-1] - 1, int(torch.floor(N * ratio)))))
     return torch.tensor([*n_masked[1:-1], 0])                                       # Eq. 4
 
 
-def temperatures(T: int, start: float = 1.0, annealing: str = "compound") -> list[float]:
-    """Return the factor of the Gumbel noise at each iteration: start * prod_{k<=t} (1 - (k+1)/T) as
-    Show-o's sampler has it ("compound"), start * (1 - (t+1)/T) ("linear"), or start ("none")."""
+def temperatures(T: int, start: float = 1.0) -> list[float]:
+    """Return the factor of the Gumbel noise at each iteration, start * prod_{k<=t} (1 - (k+1)/T):
+    it compounds, as in Show-o's sampler."""
     linear = [1.0 - (t + 1) / T for t in range(T)]
-    return {"compound": [start * math.prod(linear[:t + 1]) for t in range(T)],
-            "linear": [start * ratio for ratio in linear], "none": [start] * T}[annealing]
+    return [start * math.prod(linear[:t + 1]) for t in range(T)]
 
 
-def choose_and_move(conf_logp, masked, n_stay_masked, temperature, gumbel):
+def choose_and_move(conf_logp: torch.Tensor, masked: torch.Tensor, n_stay_masked: int,
+                    temperature: float, gumbel: torch.Tensor) -> torch.Tensor:
     """Return CaM_t (Eq. 5), Bool[B, N]: the masked positions that become unmasked, which are all
     but the n_stay_masked least confident after the noise. Of equal ones the later position moves.
 
@@ -121,33 +122,46 @@ def choose_and_move(conf_logp, masked, n_stay_masked, temperature, gumbel):
 
 
 @torch.no_grad()
-def rollout(policy, B, N, K, T, *, generator, temperature=1.0, schedule="cosine",
-            annealing="compound", start=None, keep_sampled=True):
-    """Sample B sequences of N tokens in T iterations (Eq. 1-9) -> Trajectory.
+def rollout(policy, B: int, N: int, K: int, T: int, *, generator, temperature=1.0,
+            schedule="cosine", start=None, keep_sampled=True) -> Trajectory:
+    """Sample B sequences of N tokens in T iterations (Eq. 1-9).
 
-    generator: a torch.Generator, or a list of them for equal chunks of the rows; the codes lie on
-    its device, which has to be the policy's. schedule: "cosine", "linear", or how many stay masked
-    after each iteration. temperature: of the noise at the start, see temperatures(), or one for
-    each iteration. start: Long[B, N], K where masked, the same number in each row (inpainting); the
-    schedule is then that of the masked tokens, where Show-o's inpainting takes that of all N.
-    keep_sampled=False: do without Trajectory.sampled, which only Eq. 13 needs."""
+    generator     a torch.Generator on the policy's device, or a list for equal chunks of the rows
+    temperature   of the Gumbel noise at the start, see temperatures(), or one per iteration
+    schedule      "cosine", see mask_schedule(), or how many stay masked after each iteration
+    start         Long[B, N], K where masked, equally often in each row (inpainting); the schedule
+                  is that of the masked tokens, where Show-o's inpainting takes that of all N
+    keep_sampled  False: do without Trajectory.sampled, which only Eq. 13 needs
+
+    ValueError where the policy's shape, generators, schedule or start do not fit."""
     generators = generator if isinstance(generator, list | tuple) else [generator]
     codes = torch.full((B, N), K, device=generators[0].device) if start is None else start
     n_start = int((codes[0] == K).sum())
     stay = mask_schedule(n_start, T, schedule).tolist() if isinstance(schedule, str) else schedule
-    if isinstance(temperature, int | float):
-        temperature = temperatures(T, temperature, annealing)
+    if not isinstance(temperature, list | tuple):
+        temperature = temperatures(T, temperature)
+    if B % len(generators):
+        raise ValueError(f"rollout: {len(generators)} generators cannot share {B} rows equally")
+    if ((codes == K).sum(1) != n_start).any():
+        raise ValueError("rollout: the rows of start have different numbers of masked tokens")
+    if len(stay) != T or len(temperature) != T or stay[-1]:
+        raise ValueError(f"rollout: the schedule must end with 0 masked tokens, and it and the "
+                         f"temperatures need {T} entries")
     order = torch.where(codes == K, T, -1)                          # T: not yet unmasked
     thresholds, draws = [], []
 
     for t in range(T):
         masked = codes == K                                         # Y_t^M, Eq. 1      (B, N)
         probs = policy(codes).float().softmax(-1)                   # p_t               (B, N, K)
-        assert probs.shape == (B, N, K), f"policy gave {list(probs.shape)}, wanted {[B, N, K]}"
+        if probs.shape != (B, N, K):
+            raise ValueError(f"policy gave {list(probs.shape)}, wanted {[B, N, K]}")
+
+        # a seed means these two draws in this order: tokens first, then the noise
         drawn = sample_categorical(probs, uniform((B, N, 1), generators))
         sampled = torch.where(masked, drawn, codes)
         conf = take(probs, sampled)                                 # cs_t              (B, N)
         gumbel = -(-uniform((B, N), generators).log()).log()
+
         newly_unmasked = choose_and_move(                           # CaM_t, Eq. 5      (B, N)
             conf.clamp(min=1e-20).log(), masked, stay[t], temperature[t], gumbel)
         codes = torch.where(newly_unmasked, sampled, codes)         # a_t = Y_{t+1}, Eq. 7-9
@@ -182,21 +196,25 @@ def take(values, codes):        # Float[..., K] at Long[...]
 
 # ------------------------------------------------------------------------------ probabilities
 
-def transition_log_prob(logits, traj, t, kind):
+def transition_log_prob(logits: torch.Tensor, traj: Trajectory, t: int, kind: str) -> torch.Tensor:
     """Return the log of the paper's p_theta(s_{t+1} | s_t, a_t) for the move of iteration t,
-    Float[B]. Only Eq. 14 without Gumbel noise is the exact probability of what a rollout does.
+    Float[B]. Eq. 14 is exact if the rollout had no Gumbel noise; Eq. 13 and 15 never are.
 
     With U the newly unmasked (order == t), R the re-masked (order > t), p_i = softmax(logits)_i:
     "ar"  Eq. 13: sum over U and R of log p_i[sampled_i]
     "p1"  Eq. 14: sum over U of log p_i[codes_i] + sum over R of log sum_k p_ik [p_ik < min cs_t]
     "p2"  Eq. 15: sum over U of log p_i[codes_i]
 
-    logits Float[B, N, K] of state t; both may be cut to the positions that count (traj.at)."""
+    logits Float[B, N, K] of state t; both may be cut to the positions that count (traj.at).
+    ValueError for another kind, and where the rollout did not keep what a kind needs."""
+    if kind not in ("ar", "p1", "p2"):
+        raise ValueError(f"transition_log_prob: {kind!r} is none of 'ar', 'p1', 'p2'")
+    if (traj.threshold, traj.sampled, 0)[("p1", "ar", "p2").index(kind)] is None:
+        raise ValueError("Eq. 14 needs the rollout's threshold, Eq. 13 its sampled")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))            # (B, N, K)
     log_norm = logits.logsumexp(-1)     # no log_softmax: it would keep a second (B, N, K)
     newly_unmasked, remasked = traj.order == t, traj.order > t                      # (B, N)
 
-    assert kind != "p1" or traj.threshold is not None, "Eq. 14 needs the rollout's threshold"
     tokens = traj.sampled[..., t] if kind == "ar" else traj.codes
     log_conf = take(logits, tokens) - log_norm                                      # log cs_t
     if kind == "ar":
@@ -221,11 +239,11 @@ def tail_mass(logits, log_norm, threshold):
 # ------------------------------------------------------------------------------ pictures
 
 @torch.no_grad()
-def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, batch=8, **more):
+def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, batch=8, **options):
     """Draw n pictures of each prompt -> uint8 [len(prompts) * n, 3, H, W] on the CPU.
 
     The pictures of prompt i depend on seeds[i] (default i) and n, not on the other prompts. batch:
-    pictures at a time. more: for rollout()."""
+    pictures at a time. options: of rollout()."""
     from model import to_uint8
     seeds = list(range(len(prompts))) if seeds is None else seeds
     pictures, chunk = [], max(1, batch // n)
@@ -233,59 +251,61 @@ def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, bat
         prompt = showo.encode(prompts[i:i + chunk]).repeat(n)
         generators = [torch.Generator(showo.device).manual_seed(s) for s in seeds[i:i + chunk]]
         traj = rollout(showo.policy(prompt, guidance, batch), len(prompt), showo.N, showo.K, T,
-                       generator=generators, **more)
+                       generator=generators, **options)
         pictures.append(to_uint8(magvit.decode(traj.codes)).cpu())
     return torch.cat(pictures)
 
 
 def main():
-    import argparse
-    import sys
     import time
     from pathlib import Path
 
-    import common
-    from model import describe, load_models
-    p = argparse.ArgumentParser(description="Draw pictures: a PNG grid, or a folder of PNGs.")
-    p.error = sys.exit
+    from support import flags, pictures, processes
+    from support.prompts import read_prompts
+    p = flags.parser(__doc__)
     p.add_argument("--prompt", action="append", default=[], help="can be given several times")
-    p.add_argument("--prompts", help="a file, see common.read_prompts; FILE:KEY")
-    p.add_argument("--images-per-prompt", "--n", type=int, default=1, dest="n",
-                   help="(torchrun takes --n for one of its own flags)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--prompts", help="a file, see support/prompts.py; FILE:KEY")
     p.add_argument("--out", default=time.strftime("sample-%Y%m%d-%H%M%S.png"), type=Path,
-                   help="a .png, or a folder, in which pictures that are there are kept")
-    common.add_model_flags(p.add_argument)
-    common.add_sampling_flags(p)
-    args = p.parse_args()
+                   help="a picture (.png, .jpg), or a folder, where what is there stays")
+    flags.add_model_flags(p.add_argument)
+    flags.add_sampling_flags(p.add_argument)
+    args, _ = flags.parse(p, flags.SAMPLING)
     examples = [{"prompt": text} for text in args.prompt]
-    examples += common.read_prompts(args.prompts) if args.prompts else []
+    examples += read_prompts(args.prompts) if args.prompts else []
     if not examples:
         p.error("give --prompt TEXT, or --prompts FILE")
 
-    rank, world, device = common.setup(args.device)
-    showo, magvit = load_models(args.model, ckpt=args.ckpt, vq=args.vq, device=device,
-                                dtype=common.choose_dtype(args.dtype, device),
-                                compiled=args.compile)
-    print(describe(showo, magvit, [e["prompt"] for e in examples]), flush=True)
-
-    def draw(prompts, n, seeds):
-        seeds = [args.seed * 1_000_003 + i for i in seeds]
-        settings = {name: getattr(args, name) for name in common.SAMPLING}
-        return generate(showo, magvit, prompts, n=n, seeds=seeds, **settings)
-
-    png, all_prompts = args.out.suffix == ".png", [e["prompt"] for e in examples]
-    (args.out.parent if png else args.out).mkdir(parents=True, exist_ok=True)
-    if png:
-        images = draw(all_prompts, args.n, range(len(examples)))
-        captions = [prompt for prompt in all_prompts for _ in range(args.n)]
-        common.grid(images, captions, math.ceil(len(images) ** 0.5)).save(args.out)
+    rank, world, device = processes.setup(args.device)
+    dtype, is_picture = processes.choose_dtype(args.dtype, device), args.out.suffix.lower() in (
+        pictures.SUFFIXES)
+    if not is_picture:
+        pictures.claim_folder(args.out, pictures.drawn_with(args, examples, dtype))
+    draw = drawer(args, device, dtype, [e["prompt"] for e in examples])
+    if is_picture:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        images = draw([e["prompt"] for e in examples], n=args.n, seeds=range(len(examples)))
+        captions = [e["prompt"] for e in examples for _ in range(args.n)]
+        pictures.grid(images, captions, math.ceil(len(images) ** 0.5)).save(args.out)
     else:
         files = {i: [args.out / f"{i:06d}-{k:02d}.png" for k in range(args.n)]
                  for i in range(rank, len(examples), world)}
-        common.draw_missing(files, examples, draw, args.batch)
+        pictures.draw_missing(files, examples, draw, args.batch)
+
+
+def drawer(args, device, dtype, prompts=()):
+    """Load the models that a script's flags name -> draw(prompts, n=, seeds=) -> uint8 pictures."""
+    from model import describe, load_models
+    showo, magvit = load_models(args.model, ckpt=args.ckpt, vq=args.vq, device=device, dtype=dtype,
+                                compiled=args.compile)
+    print(describe(showo, magvit, prompts), flush=True)
+
+    def draw(prompts, n, seeds):
+        return generate(showo, magvit, prompts, n=n, T=args.T, guidance=args.guidance,
+                        temperature=args.temperature, batch=args.batch,
+                        seeds=[args.seed * 1_000_003 + i for i in seeds])
+    return draw
 
 
 if __name__ == "__main__":
-    import common
-    common.run(main)
+    from support import processes
+    processes.run(main)

@@ -10,105 +10,111 @@ scores into advantages (grpo.py, Eq. 12), and maximize Eq. 10, a mean over the T
 Departures from the paper:
 - the default transition is Eq. 15, which is what the released training really computes;
 - the KL is that of the newly unmasked tokens, see kl_to_reference();
-- of several rewards each is normalised in its group (Eq. 12) before they are added;
+- with several rewards, each is normalised in its group (Eq. 12), and then they are added;
 - --loss-steps divides the loss by the number of chosen iterations, not by T;
 - a picture without a score, or a group with a NaN in its rollouts, is left out of the mean;
-- prompts/train.txt holds captions of our own; --ratio mean and --lora are later work's.
+- prompts/train.txt holds captions of our own; --ratio mean (GSPO) and --lora are not in the paper.
 Departures from the released training:
 - gradients are averaged over processes and clipped to norm 1; all weights decay;
 - the loss is not divided by T once more;
 - the cosine starts with the warm-up, whose first step is not 0, and ends at 0 (released: 0.35);
 - bf16 products and float32 weights in place of fp16.
 
-Random numbers depend on (seed, step, prompt slot) alone. Resuming, or using another number of
-processes with the same total of prompts per step, changes nothing but floating-point rounding.
+Random numbers depend on (seed, step, prompt slot) alone. A resumed run repeats them bit by bit.
+Another number of processes with the same total of prompts per step does so up to rounding, and
+rounding can flip a draw: from the second step on such runs agree in their statistics, not in every
+token.
 """
-import argparse
 import importlib.util
+import itertools
 import math
 import os
 import random
-import re
-import sys
 from argparse import BooleanOptionalAction
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-import checkpoint
-import common
-import shapes
-from common import all_cat, all_sum
-from eval_geneval import check_metadata, geneval_prompts
 from grpo import SampleFilter, clipped_objective, group_advantages, kl_k3
-from model import describe, is_shapes, load_models, to_uint8
-from reward import make_reward
+from model import Prompt, describe, load_models, to_uint8
+from reward import make_reward, needs_metadata
 from sample import Trajectory, generate, rollout, transition_log_prob
+from shapes import world
+from support import flags, geneval, pictures, processes, run
+from support.processes import all_cat, all_lists, all_sum
+from support.prompts import read_prompts
+from support.weights import is_shapes
 
 PRESETS = {     # defaults, by model
     "showo": dict(steps=625, group_size=6, prompts_per_step=2, unmask_steps=50, lr=3e-6, warmup=62,
-                  weight_decay=0.02, micro_batch=6, reward="clip", eval_every=50, eval_n=1,
-                  eval_unmask_steps=50, eval_guidance=5.0, save_every=100),
+                  weight_decay=0.02, micro_batch=6, prompts="prompts/train.txt", reward="clip",
+                  eval_every=50, eval_n=1, eval_unmask_steps=50, eval_guidance=5.0,
+                  eval_prompts=None, eval_reward=None, save_every=100),
     "shapes": dict(steps=30, group_size=8, prompts_per_step=16, unmask_steps=12, lr=7e-4, warmup=3,
-                   weight_decay=0.0, micro_batch=256, reward="clip:shapes/clip", eval_every=10,
-                   eval_n=8, eval_unmask_steps=12, eval_guidance=0.0, save_every=10)}
+                   weight_decay=0.0, micro_batch=256, prompts="shapes/train.jsonl",
+                   reward="clip:shapes/clip", eval_every=10, eval_n=8, eval_unmask_steps=12,
+                   eval_guidance=0.0, eval_prompts="shapes/eval.jsonl",
+                   eval_reward="geneval:official", save_every=10)}
 
 
 def parse_args():
-    """Return the flags, whose defaults depend on the model: PRESETS."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.error = sys.exit      # for common.run()
+    """Return the flags, and those that differ from their defaults as text."""
+    p, count = flags.parser(__doc__), flags.at_least(1)
     add = p.add_argument_group("what").add_argument
-    common.add_model_flags(add)
-    add("--prompts", help="see common.read_prompts; FILE:KEY (default: prompts/train.txt)")
+    flags.add_model_flags(add)
+    add("--prompts", help="see support/prompts.py; FILE:KEY")
     add("--reward", help="see reward.py: clip, geneval:exact, or a weighted sum")
     add("--out", help="output folder (default: a new one under runs/)")
-    add("--resume", nargs="?", const="auto", help="the newest checkpoint in --out, or this one")
-    add("--seed", type=int, default=42)
+    add("--resume", nargs="?", const="auto", help="go on from the newest checkpoint in --out, if "
+        "there is one, or from this one")
+    add("--seed", type=int, default=42, help="of all random numbers")
 
     add = p.add_argument_group("the method").add_argument
-    add("--steps", type=int, help="optimizer steps with fresh rollouts")
-    add("--group-size", type=int, help="G, pictures per prompt")
-    add("--prompts-per-step", type=int, help="P, per process")
-    add("--unmask-steps", type=int, help="T while training (fewer: unmasking reduction)")
+    add("--steps", type=count, help="optimizer steps with fresh rollouts")
+    add("--group-size", type=flags.at_least(2), help="G, pictures per prompt")
+    add("--prompts-per-step", type=count, help="P, per process")
+    add("--unmask-steps", type=count, help="T while training (fewer: unmasking reduction)")
     add("--transition", choices=["p1", "p2", "ar"], default="p2", help="Eq. 14, 15 or 13")
     add("--ratio", choices=["sum", "mean"], default="sum", help="Eq. 11, or per token (GSPO)")
     add("--clip", type=float, nargs=2, default=[0.9, 1.2], help="bounds of the ratio, Eq. 10")
-    add("--kl", action=BooleanOptionalAction, default=True, help="no: no reference in memory")
+    add("--kl", action=BooleanOptionalAction, default=True,
+        help="KL to the frozen base (Eq. 10); --no-kl does not load it")
     add("--kl-beta", type=float, default=0.01, help="beta of Eq. 10")
     add("--filter-low", action=BooleanOptionalAction, default=False,
         help="sample a group again when its reward std is low (Sec. 3.3)")
-    add("--loss-steps", type=int, help="computational reduction (default: all T)")
-    add("--loss-steps-from", choices=["first", "last", "random"], default="first")
-    add("--inner-epochs", type=int, default=1, help="optimizer steps on the same rollouts; with p1"
-        " the ratio of Eq. 11 jumps where a code crosses Eq. 14's threshold")
+    add("--loss-steps", type=count, help="computational reduction (default: all T)")
+    add("--loss-steps-from", choices=["first", "last", "random"], default="first",
+        help="which iterations --loss-steps takes")
+    add("--inner-epochs", type=count, default=1, help="optimizer steps on the same rollouts. With "
+        "p1 in bf16 the ratio is noisy after the first: at 60%% of the positions a code crosses "
+        "Eq. 14's threshold between two computations of the same weights, which moves the log by "
+        "0.14 (p2: 0.0003), as much as the clip allows; the gradient is 2.3e-2 from float32's "
+        "(p2: 1.9e-3)")
 
     add = p.add_argument_group("optimizer").add_argument
     add("--lr", type=float, help="peak; the paper: at most 3e-6 without KL, 5e-6 with it")
     add("--warmup", type=int, help="linear warm-up steps, times a cosine from step 0 on")
-    add("--weight-decay", type=float)
+    add("--weight-decay", type=float, help="AdamW's, on all weights")
     add("--max-grad-norm", type=float, default=1.0, help="0 = no clipping")
-    add("--micro-batch", type=int, help="pictures per forward pass; memory only")
+    add("--micro-batch", type=count, help="pictures per forward pass; memory only")
     add("--grad-checkpoint", action="store_true", help="less memory, a third more work")
-    add("--lora", type=int, metavar="RANK", help="train adapters alone")
+    add("--lora", type=count, metavar="RANK", help="train adapters only")
     add("--zero", action="store_true", help="shard the optimizer state over processes (ZeRO-1)")
 
     add = p.add_argument_group("watching").add_argument
     add("--eval-every", type=int, help="steps between evaluations, each with a grid; 0 = none")
-    add("--eval-n", type=int, help="pictures per evaluation prompt")
-    add("--eval-unmask-steps", type=int, help="T when evaluating")
-    add("--eval-guidance", type=float)
-    add("--eval-reward", help="as --reward; a part of weight 0 is only logged (default: "
-        "GenEval's verdict with shapes or a geneval reward, else --reward)")
-    add("--eval-prompts", help="as --prompts (default: held-out shapes, prompts/eval.txt)")
+    add("--eval-n", type=count, help="pictures per evaluation prompt")
+    add("--eval-unmask-steps", type=count, help="T when evaluating")
+    add("--eval-guidance", type=float, help="guidance when evaluating")
+    add("--eval-reward", help="like --reward; parts of weight 0 are logged only (Show-o's default: "
+        "geneval:official with a geneval reward, else --reward)")
+    add("--eval-prompts", help="like --prompts (Show-o's default: 62 of GenEval's if the reward is "
+        "geneval, else prompts/eval.txt)")
     add("--save-every", type=int, help="steps between checkpoints, 0 = only the last")
     add("--keep-last", type=int, default=0, help="checkpoints, 0 = all")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
 
-    p.set_defaults(**PRESETS["showo"])
-    p.set_defaults(**PRESETS["shapes" if common.is_tiny(p) else "showo"])
-    args = p.parse_args()
+    args, given = flags.parse(p, PRESETS)
     if (args.loss_steps or 0) > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
     if args.resume == "auto" and not args.out:
@@ -117,35 +123,47 @@ def parse_args():
         p.error("--zero shards over processes: start with torchrun --nproc_per_node N")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         p.error("--wandb needs a package: pip install wandb")
-    return args
+    return args, given
 
 
 # ------------------------------------------------------------------------------ rollouts
 
+@dataclass
+class Groups:
+    """The P groups of G pictures of a step, of this process; rows of a group stand together."""
+    examples: list[dict]        # P
+    keys: list[tuple]           # P, what the random numbers of a group depend on
+    prompt: Prompt              # P G rows
+    traj: Trajectory            # P G rows
+    rewards: dict               # {"reward": the sum, part: ...}, Float (P, G) each
+
+
 def generator(device, *key):
-    """Return a torch.Generator whose seed depends on the key alone."""
+    """Return a torch.Generator whose seed depends on the key only. The key's repr is the seed: do
+    not change its types."""
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
 def example_at(slot, examples, seed):
-    """Return the example in a slot of the run; all have their turn before one comes again."""
+    """Return example number `slot` of the run. Each epoch is a new random order of all examples."""
     epoch, place = divmod(slot, len(examples))
     order = torch.randperm(len(examples), generator=generator("cpu", seed, "prompts", epoch))
     return examples[order[place]]
 
 
 @torch.no_grad()
-def sample_groups(examples, keys, args, showo) -> Trajectory:
-    """Roll out G pictures of each of P examples (Eq. 1-9): P G rows, those of a group together.
-    keys: what the random numbers of each group depend on."""
-    G, trajs, chunk = args.group_size, [], max(1, args.micro_batch // args.group_size)
+def sample_groups(examples, keys, args, showo):
+    """Roll out G pictures of each of P examples (Eq. 1-9) -> Prompt and Trajectory, P G rows."""
+    G, trajs = args.group_size, []
+    prompt = showo.encode([e["prompt"] for e in examples]).repeat(G)
+    chunk = max(1, args.micro_batch // G)       # whole groups: each has a generator of its own
     for i in range(0, len(examples), chunk):
-        prompt = showo.encode([e["prompt"] for e in examples[i:i + chunk]]).repeat(G)
+        rows = slice(i * G, (i + chunk) * G)
         generators = [generator(showo.device, *key) for key in keys[i:i + chunk]]
-        trajs.append(rollout(showo.policy(prompt, batch=args.micro_batch), len(prompt), showo.N,
-                             showo.K, args.unmask_steps, generator=generators,
-                             keep_sampled=args.transition == "ar"))
-    return Trajectory.cat(trajs)
+        policy = showo.policy(prompt[rows], batch=args.micro_batch)
+        trajs.append(rollout(policy, len(prompt[rows]), showo.N, showo.K, args.unmask_steps,
+                             generator=generators, keep_sampled=args.transition == "ar"))
+    return prompt, Trajectory.cat(trajs)
 
 
 @torch.no_grad()
@@ -157,34 +175,44 @@ def score_groups(examples, traj, magvit, reward) -> dict:
     return {name: values.view(P, -1).to(device) for name, values in scores.items()}
 
 
-def sample_again(examples, keys, traj, rewards, sample_filter, args, showo, magvit, reward) -> int:
-    """Sample and score the groups of low reward std once more (Sec. 3.3), and put them in the place
-    of the old ones -> how many, in all processes, which judge by one history."""
-    P, G = rewards["reward"].shape
-    low = ~sample_filter.judge(all_cat(rewards["reward"].std(1)).cpu())     # Bool (P of all,)
-    mine = low[common.rank() * P:][:P].nonzero()[:, 0].tolist()
-    if mine:
-        some = [examples[i] for i in mine]
-        new = sample_groups(some, [(*keys[i][:3], 1) for i in mine], args, showo)
-        traj[[i * G + j for i in mine for j in range(G)]] = new
-        for name, values in score_groups(some, new, magvit, reward).items():
-            rewards[name][mine] = values
-    sample_filter.judge(all_cat(rewards["reward"].std(1)).cpu()[low])       # to remember them
+def sample_again(groups, sample_filter, args, showo, magvit, reward, stop) -> int:
+    """Sec. 3.3: sample and score the groups of low reward std again, in place. Return how many,
+    over all processes, which share one history of stds."""
+    P, G = groups.rewards["reward"].shape
+    std = all_cat(groups.rewards["reward"].std(1)).cpu()                    # (P of all,)
+    low = ~sample_filter.passes(std)
+    mine = low[processes.rank() * P:][:P].nonzero()[:, 0].tolist()
+    examples = [groups.examples[i] for i in mine]
+    keys = [(*groups.keys[i][:3], 1) for i in mine]         # the last entry: the second attempt
+
+    def again():
+        if mine:
+            _, traj = sample_groups(examples, keys, args, showo)
+            return traj, score_groups(examples, traj, magvit, reward)
+    if (new := stop.call(again)) is not None:
+        groups.traj[[i * G + j for i in mine for j in range(G)]] = new[0]
+        for name, values in new[1].items():
+            groups.rewards[name][mine] = values
+
+    # only now: a step that ends before this is done again by the resumed run
+    sample_filter.remember(std)
+    sample_filter.remember(all_cat(groups.rewards["reward"].std(1)).cpu()[low])
     return int(low.sum())
 
 
 # ------------------------------------------------------------------------------ the update
 
-def advantages(rewards, weights, traj):
-    """Return the advantages Float (B,) of rewards {"reward": their sum, part: ...}, Float (P, G)
-    each, and the sound rows, Bool (B,): they have a reward, and their group's rollouts met finite
-    logits. The others have A = 0. Eq. 12 is for each part of weights {part: weight}; their weighted
-    mean counts (GDPO, arXiv 2601.05242), since in a sum the largest spread would drown all."""
-    scored, total = rewards["reward"].isfinite(), sum(map(abs, weights.values()))       # (P, G)
+def advantages(groups, weights):
+    """Return the advantages Float (B,), NaN in rows that do not count: they have no reward, or
+    their group's rollouts met logits that are not finite. Eq. 12 is for each part of weights {part:
+    weight}; their weighted mean counts (GDPO, arXiv 2601.05242), because in a raw sum the reward
+    with the largest spread would dominate."""
+    rewards, total = groups.rewards, sum(map(abs, weights.values()))
+    scored = rewards["reward"].isfinite()                                               # (P, G)
     adv = sum(weight / total * group_advantages(rewards[part].where(scored, math.nan))  # Eq. 12
               for part, weight in weights.items() if weight)
-    broken = traj.threshold.isnan().any(1).view_as(scored).any(1, keepdim=True)         # (P, 1)
-    return torch.where(scored & ~broken, adv, 0).flatten(), (scored & ~broken).flatten()
+    broken = groups.traj.threshold.isnan().any(1).view_as(scored).any(1, keepdim=True)  # (P, 1)
+    return adv.where(scored & ~broken, math.nan).flatten()
 
 
 def loss_iterations(step, args):
@@ -195,16 +223,15 @@ def loss_iterations(step, args):
     return list(range(T - n, T) if args.loss_steps_from == "last" else range(n))
 
 
-def kl_to_reference(logits, logp, traj, t, reference, text, args):
+def kl_to_reference(logits, logp, traj, t, reference, prompt, args):
     """Return the KL of Eq. 10 at iteration t, by k3. Departure: it is that of the newly unmasked
-    tokens, Eq. 15, for every transition. Eq. 14 jumps where a code crosses its threshold, and k3
-    turns such a jump into a gradient of norm 1e8. With --ratio mean it is divided by n_t.
+    tokens, Eq. 15, for every transition (why: see kl_k3). With --ratio mean it is divided by n_t.
 
-    logits Float (b, M, K), those of the newly unmasked first; text: the reference's prompt."""
+    logits Float (b, M, K), those of the newly unmasked first; prompt: prefilled by reference."""
     positions = traj.positions(t, "p2")                                         # (b, n_t)
     moved, n = traj.at(positions), positions.shape[1]
     with reference.frozen_base():
-        logits_ref = reference.logits(traj.state(t), text, positions=positions)
+        logits_ref = reference.logits(traj.state(t), prompt, positions=positions)
         logp_ref = transition_log_prob(logits_ref, moved, t, "p2")
     if args.transition != "p2":
         logp = transition_log_prob(logits[:, :n], moved, t, "p2")
@@ -212,48 +239,61 @@ def kl_to_reference(logits, logp, traj, t, reference, text, args):
     return kl_k3(logp / length, logp_ref / length)
 
 
-def update(step, examples, traj, adv, sound, args, showo, reference, optimizer) -> dict:
+def frozen_prefill(reference, prompt):
+    """Return the prompt, prefilled by the reference, if there is one."""
+    if reference:
+        with reference.frozen_base():
+            return reference.prefill(prompt)
+
+
+def update(groups, adv, iterations, args, showo, reference, optimizer) -> dict:
     """Maximize Eq. 10 on the rollouts of a step, --inner-epochs times -> numbers for the log.
 
-    J = mean of [min(r A, clip(r) A) - beta KL] over the iterations t and the sound rows j of all
-    processes. A step whose gradient is not finite, or that has no sound row, is not taken."""
-    iterations, kind, tally = loss_iterations(step, args), args.transition, Tally(adv.device)
-    prompt = showo.encode([e["prompt"] for e in examples]).repeat(args.group_size)
-    has_gradient = sound & ((adv != 0) | bool(reference))       # where A = 0, only the KL has one
-    rows_of_loss = has_gradient.nonzero()[:, 0]
-    n_terms = all_sum(sound.sum()).item() * len(iterations)                     # of Eq. 10's mean
-    logp_old = adv.new_zeros(args.unmask_steps, len(adv))                       # (T, B)
+    J = mean of [min(r A, clip(r) A) - beta KL] over the iterations t and the rows j, of all
+    processes, whose adv is a number. A step without such a row, or whose gradient is not finite, is
+    not taken."""
+    traj, kind, tally = groups.traj, args.transition, Tally(adv.device)
+    counts = adv.isfinite()
+    n_terms = all_sum(counts.sum()).item() * len(iterations)    # that Eq. 10 averages over
+    logp_old = adv.new_zeros(args.unmask_steps, len(adv))                           # (T, B)
     kl = adv.new_zeros(())
 
+    # rows with A = 0 count in the mean; without a KL their gradient is 0, so they are skipped
+    trained = (counts & ((adv != 0) | bool(reference))).nonzero()[:, 0]
     for epoch in range(args.inner_epochs):
-        for rows in rows_of_loss.split(args.micro_batch) if len(rows_of_loss) else ():
-            part = traj[rows]
-            with showo.shared_text(prompt[rows]) as text:           # its gradient waits for all t
-                if reference:
-                    with reference.frozen_base():
-                        text_ref = reference.prefill(prompt[rows])
+        for rows in trained.split(args.micro_batch) if len(trained) else ():
+            part, A = traj[rows], adv[rows]
+            # the text is computed once per micro-batch; one backward through it after all t
+            with showo.shared_text(groups.prompt[rows]) as prompt:
+                prompt_ref = frozen_prefill(reference, groups.prompt[rows])
                 for t in iterations:
                     positions = part.positions(t, kind)                             # (b, M)
-                    logits = showo.logits(part.state(t), text, positions=positions)
+                    logits = showo.logits(part.state(t), prompt, positions=positions)
                     logp = transition_log_prob(logits, part.at(positions), t, kind)  # Eq. 13-15
-                    if epoch == 0:      # with the weights of the rollout: the ratio is 1
+
+                    # first epoch: the weights are still the rollout's, so the ratio is 1
+                    if epoch == 0:
                         logp_old[t, rows] = logp.detach()
-                    length = logits.shape[1] if args.ratio == "mean" else 1
-                    objective = clipped_objective(                                  # Eq. 10, 11
-                        logp, logp_old[t, rows], adv[rows], *args.clip, length)
+                    n_tokens = positions.shape[1] if args.ratio == "mean" else 1
+                    log_ratio = (logp - logp_old[t, rows]) / n_tokens               # Eq. 11
+                    objective = clipped_objective(log_ratio, A, *args.clip)         # Eq. 10
                     if reference:
-                        kl = kl_to_reference(logits, logp, part, t, reference, text_ref, args)
+                        kl = kl_to_reference(logits, logp, part, t, reference, prompt_ref, args)
                         objective = objective - args.kl_beta * kl                   # Eq. 10
+
+                    # this micro-batch's share of the mean
                     loss = -objective * len(rows) / n_terms
                     loss.backward()
-                    log_ratio = (logp.detach() - logp_old[t, rows]) / length
-                    tally.add(log_ratio, kl.detach(), logits[:, :traj.n_unmask(t)], args.clip)
+                    # positions() puts the newly unmasked first
+                    tally.add(log_ratio.detach(), kl.detach(), logits[:, :traj.n_unmask(t)],
+                              args.clip)
 
+        # the sum over processes; each of them decides alike whether the step is taken
         params = list(showo.trainable().values())
         for p in params:
             p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
         norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm or math.inf).item()
-        taken = n_terms > 0 and math.isfinite(norm)             # alike on all processes
+        taken = n_terms > 0 and math.isfinite(norm)
         if taken:
             optimizer.step()
         optimizer.zero_grad()
@@ -261,8 +301,9 @@ def update(step, examples, traj, adv, sound, args, showo, reference, optimizer) 
 
 
 class Tally:
-    """Means for the log, over rows or tokens of all passes and processes. approx_kl: from the
-    rollout's policy; clip_fraction: ratios out of bounds, whichever term of Eq. 10 counts."""
+    """Running means for the log, over all forward passes and processes. approx_kl: k3 between the
+    rollout's policy and the current one; clip_fraction: share of ratios outside the bounds, whether
+    or not the clipped term of Eq. 10 won."""
     NAMES = ("ratio_mean", "approx_kl", "clip_fraction", "kl_ref", "entropy")
 
     def __init__(self, device):
@@ -285,64 +326,71 @@ class Tally:
                     ratio_max=all_cat(self.ratio_max).amax().item())
 
 
-def evaluate(step, examples, args, showo, magvit, judge, out) -> dict:
-    """Draw and score --eval-n pictures of each example, with the same noise each time -> a row of
-    eval.jsonl. "overall" is the mean over tags, as GenEval has it. Process 0 saves a grid."""
-    mine, rows, n = list(range(common.rank(), len(examples), common.world())), [], args.eval_n
-    if mine:        # a process may have none
-        images = generate(showo, magvit, [examples[i]["prompt"] for i in mine], n=n,
-                          T=args.eval_unmask_steps, guidance=args.eval_guidance, seeds=mine,
-                          batch=args.micro_batch)
-        scores = judge.score(images, [examples[i] for i in mine], n)
-        rows = [(i, {name: x[k * n:(k + 1) * n].nanmean().item() for name, x in scores.items()})
-                for k, i in enumerate(mine)]
-    if common.rank() == 0:
-        some = list(range(0, len(images), max(n, len(images) // 12)))[:12]
-        captions = [f"{scores['reward'][i]:.3g} | {examples[mine[i // n]]['prompt']}" for i in some]
+# ------------------------------------------------------------------------------ evaluation
+
+def draw_and_score(step, examples, args, showo, magvit, reward, out) -> list:
+    """Draw and score --eval-n pictures of this process's examples, with the same noise each time ->
+    [(example's number, {part: mean over its pictures})]. Process 0 saves a grid."""
+    mine, n = list(range(processes.rank(), len(examples), processes.world())), args.eval_n
+    if not mine:
+        return []
+    images = generate(showo, magvit, [examples[i]["prompt"] for i in mine], n=n,
+                      T=args.eval_unmask_steps, guidance=args.eval_guidance, seeds=mine,
+                      batch=args.micro_batch)
+    scores = reward.score(images, [examples[i] for i in mine], n)
+    if processes.rank() == 0:
+        shown = list(range(0, len(images), max(n, len(images) // 12)))[:12]
+        scored = [f"{scores['reward'][i]:.3g} | {examples[mine[i // n]]['prompt']}"
+                  for i in shown]
         (out / "samples").mkdir(exist_ok=True)
-        common.grid(images[some], captions, 6).save(out / f"samples/step-{step:06d}.png")
+        pictures.grid(images[shown], scored, 6).save(run.grid_path(out, step))
+    return [(i, {name: x[k * n:(k + 1) * n].nanmean().item() for name, x in scores.items()})
+            for k, i in enumerate(mine)]
 
-    by_tag = {}
-    for i, values in sorted(common.all_lists(rows), key=lambda row: row[0]):
-        by_tag.setdefault(examples[i].get("tag", ""), []).append(values)
 
-    def mean(rows):         # of those that have a score
-        return {name: torch.tensor([row[name] for row in rows]).double().nanmean().item()
-                for name in rows[0]}
-    means = {tag: mean(group) for tag, group in by_tag.items()}
-    overall = mean(list(means.values()))
-    return {"step": step, "overall": overall.pop("reward"), **overall,
-            **{tag: m["reward"] for tag, m in means.items() if tag}}
+def evaluate(step, examples, args, showo, magvit, reward, out, stop) -> dict:
+    """Return a row of eval.jsonl; "overall" is the mean over tags, as GenEval has it."""
+    rows = all_lists(stop.call(draw_and_score, step, examples, args, showo, magvit, reward, out))
+    rows.sort(key=lambda row: row[0])
+    means = {name: geneval.shares([(examples[i].get("tag", ""), i, scores[name])
+                                   for i, scores in rows]) for name in rows[0][1]}
+    total, parts = means.pop("reward"), means if len(means) > 1 else {}
+    return {"step": step, "overall": total.pop("overall")[0],
+            **{name: shares["overall"][0] for name, shares in parts.items()},
+            **{tag: mean for tag, (mean, _) in total.items() if tag}}
 
 
 # ------------------------------------------------------------------------------ the run
 
 def load_task(args, device):
     """Return the examples and the reward of training, then those of evaluation."""
-    here, tiny = Path(__file__).parent, is_shapes(args.model)
-    learns_geneval = "geneval" in re.split("[:,]", args.reward)
-    judged_by = args.eval_reward or ("geneval:official" if tiny or learns_geneval else args.reward)
-    by_geneval = "geneval" in re.split("[:,]", judged_by)
-    examples = (shapes.prompts("train") if tiny and not args.prompts else
-                common.read_prompts(args.prompts or here / "prompts/train.txt"))
-    if args.eval_prompts or not (tiny or by_geneval):
-        held_out = common.read_prompts(args.eval_prompts or here / "prompts/eval.txt")
-    else:
-        held_out = shapes.prompts("eval") if tiny else geneval_prompts()[::9]   # 62, of all tags
-    check_metadata(examples if learns_geneval else [], tiny)
-    check_metadata(held_out if by_geneval and args.eval_every else [], tiny)
-    kit = dict(device=device, detector=shapes.detect if tiny else None)
-    reward = judge = make_reward(args.reward, **kit)
-    if args.eval_every and judged_by != args.reward:
-        judge = make_reward(judged_by, **kit)
-    args.reward, args.eval_reward = reward.spec, judge.spec     # without passwords
-    return examples, reward, held_out, judge
+    tiny = is_shapes(args.model)
+    known, detector = (), None
+    if tiny:
+        known, detector = (world.CLASSES, list(world.COLOURS)), world.detect
+    by_geneval = needs_metadata(args.reward)
+    eval_reward = args.eval_reward or ("geneval:official" if by_geneval else args.reward)
+    eval_prompts = args.eval_prompts or (
+        "prompts/geneval.jsonl" if needs_metadata(eval_reward) else "prompts/eval.txt")
+    examples, held_out = read_prompts(args.prompts), read_prompts(eval_prompts)
+    if not args.eval_prompts and needs_metadata(eval_reward):
+        held_out = held_out[::9]                    # 62, of all tags
+    if by_geneval:
+        geneval.check_metadata(examples, *known)
+    if args.eval_every and needs_metadata(eval_reward):
+        geneval.check_metadata(held_out, *known)
+
+    reward = judged_by = make_reward(args.reward, device=device, detector=detector)
+    if args.eval_every and eval_reward != args.reward:
+        judged_by = make_reward(eval_reward, device=device, detector=detector)
+    return examples, reward, held_out, judged_by
 
 
 def load_policy(args, device, folder, trainer):
     """Return the policy, its image tokenizer, the frozen reference of the KL, if any, and AdamW,
     with --zero its state in shards; as they were in a checkpoint folder, if any."""
-    weights = args.ckpt if args.lora else folder or args.ckpt       # adapters are in trainer.pt
+    # LoRA: always start from the base; the adapters come from trainer.pt
+    weights = args.ckpt if args.lora else folder or args.ckpt
     showo, magvit = load_models(args.model, ckpt=weights, vq=args.vq, device=device,
                                 compiled=args.compile)
     reference = None
@@ -356,20 +404,26 @@ def load_policy(args, device, folder, trainer):
         reference, _ = load_models(args.model, ckpt=args.ckpt, vq=args.vq, device=device,
                                    compiled=args.compile)
         reference.requires_grad_(False)
-    if common.choose_dtype(args.dtype, device) == torch.bfloat16:
+    if processes.choose_dtype(args.dtype, device) == torch.bfloat16:
         for model in {showo, reference} - {None}:
             model.compute_in(torch.bfloat16)
     showo.grad_checkpoint = args.grad_checkpoint
 
-    settings = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    settings = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                    fused=device.type == "cuda" and not args.zero)
     params = list(showo.trainable().values())
     if args.zero:
         from torch.distributed.optim import ZeroRedundancyOptimizer
         optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, **settings)
     else:
-        optimizer = torch.optim.AdamW(params, **settings, fused=device.type == "cuda")
+        optimizer = torch.optim.AdamW(params, **settings)
     if trainer:
-        optimizer.load_state_dict(trainer["optimizer"])
+        # mapped on a GPU, where it is copied; here nothing holds the file when this returns
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True,
+                           mmap=device.type == "cuda")
+        for group in state["param_groups"]:
+            group.update(settings)          # what this run wants, not what the file says
+        optimizer.load_state_dict(state)
     return showo, magvit, reference, optimizer
 
 
@@ -379,77 +433,120 @@ def learning_rate(step, args):
     return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / args.steps))
 
 
+def bits(showo):
+    """Return the sum of all weights' bits, the same number wherever the weights are the same."""
+    ints = {2: torch.int16, 4: torch.int32}
+    return sum(p.detach().view(ints[p.element_size()]).sum(dtype=torch.int64).item()
+               for p in showo.parameters())
+
+
+def in_vain(numbers, out):
+    """Return the line for many steps that were not taken; numbers: of the last one."""
+    if math.isnan(numbers["grad_norm"]) and math.isnan(numbers["ratio_mean"]):
+        why, what = "no score", "see what the reward answers, then go on with --resume"
+    else:
+        why, what = "not finite", "with a smaller --lr"
+    return f"20 steps in a row were not taken ({why}): go on from a checkpoint in {out}, {what}"
+
+
 def main():
-    args = parse_args()
-    rank, world, device = common.setup(args.device)
-    out, folder, lock = checkpoint.open_run(args, rank)     # held as long as the name lives
-    trainer = checkpoint.load_trainer(folder, args) if folder else None
-    examples, reward, held_out, judge = load_task(args, device)
+    args, given = parse_args()
+    rank, world_size, device = processes.setup(args.device)
+    out, folder, lock = run.open_run(args)          # held as long as the name lives
+    trainer = run.load_trainer(folder, args) if folder else None
+    examples, reward, held_out, eval_reward = load_task(args, device)
     showo, magvit, reference, optimizer = load_policy(args, device, folder, trainer)
-    sample_filter, start, bad_steps = SampleFilter(warmup=48), 0, 0
+    # specs without the passwords of URLs
+    settings = vars(args) | {"reward": reward.spec, "eval_reward": eval_reward.spec,
+                             "processes": world_size}
+    processes.demand_equal(flags={k: v for k, v in settings.items() if k not in run.FREE},
+                           prompts=(examples, held_out), weights=bits(showo))
+    sample_filter = SampleFilter(warmup=48)         # three steps of 16 prompts
+    start, evaluated = 0, False
     if trainer:
         start = trainer["step"]
         sample_filter.load_state_dict(trainer["filter"])
     if rank == 0:
-        checkpoint.rewind(out, start if trainer else -1)
+        run.rewind(out, start if trainer else -1)
+        evaluated = start in [row["step"] for row in run.read_rows(out / "eval.jsonl")]
+    evaluated = processes.of_first(evaluated)
 
-    log, stop, models = common.Log(out, args, start), common.StopSignal(), (showo, magvit)
+    log, stop, models = run.Log(out, settings, start), run.StopSignal(), (showo, magvit)
     P, G = args.prompts_per_step, args.group_size
     log.say(describe(*models, [e["prompt"] for e in examples]))
-    log.say(f"{world} x {device.type}; {len(examples)} prompts; {args}\n"
-            f"one step: {P * world} prompts x {G} = {P * world * G} pictures, x "
+    log.say(f"{world_size} x {device.type}; {len(examples)} prompts; {given}\n"
+            f"one step: {P * world_size} prompts x {G} = {P * world_size * G} pictures, x "
             f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations; output in {out}")
+    if trainer and (changed := run.changes(trainer["args"], settings)):
+        log.say(f"changed since: {changed}")
+    unsaved, bad_steps, numbers = False, 0, {}
 
-    for step in range(start, args.steps + 1):           # the last pass only evaluates and saves
-        stopped = all_cat(torch.tensor([stop.number], device=device)).amax().item()
-        last, fresh = stopped > 0 or step == args.steps, step > start or not trainer
-        if fresh and args.eval_every and (step % args.eval_every == 0 or last):
-            log.evaluation(evaluate(step, held_out, args, *models, judge, out))
-        due = last or (args.save_every and step % args.save_every == 0)
-        if due and step > start and not bad_steps:
-            if args.zero:
-                optimizer.consolidate_state_dict(to=0)
-            if rank == 0:
-                checkpoint.save(out, step, showo, optimizer, sample_filter, args)
-        if last:
-            break
+    def save():
+        stop.saving = True
+        run.save(out, step, showo, optimizer, sample_filter, settings)
+        stop.saving = False
 
-        times, n_again = [common.now(device)], 0
-        first = (step * world + rank) * P               # of its places in the order of prompts
-        chosen = [example_at(first + i, examples, args.seed) for i in range(P)]
-        keys = [(args.seed, step, rank * P + i, 0) for i in range(P)]
-        traj = sample_groups(chosen, keys, args, showo)                         # Eq. 1-9
-        times.append(common.now(device))
-        rewards = score_groups(chosen, traj, magvit, reward)                    # (P, G) each
-        if args.filter_low:                                                     # Sec. 3.3
-            n_again = sample_again(chosen, keys, traj, rewards, sample_filter, args, *models,
-                                   reward)
-        times.append(common.now(device))
-        adv, sound = advantages(rewards, reward.weights, traj)                  # Eq. 12, (B,)
-        for group in optimizer.param_groups:
-            group.update(lr=learning_rate(step, args), weight_decay=args.weight_decay)
-        numbers = update(step, chosen, traj, adv, sound, args, showo, reference, optimizer)
-        times.append(common.now(device))
+    try:
+        for step in range(start, args.steps + 1):       # the last pass only saves and evaluates
+            stop.check()
+            last = step == args.steps
+            # first of all: what comes next may fail, or take longer than a stop has time
+            if unsaved and (last or args.save_every and step % args.save_every == 0):
+                save()
+                unsaved = False
+            if bad_steps == 20:
+                raise processes.Ended(in_vain(numbers, out))
+            due = args.eval_every and (last or step % args.eval_every == 0)
+            if due and not (step == start and evaluated):
+                log.evaluation(evaluate(step, held_out, args, *models, eval_reward, out, stop))
+            if last:
+                break
 
-        every = {name: all_cat(r) for name, r in rewards.items()}               # (P of all, G)
-        log.step({"step": step + 1, "reward_mean": every["reward"].nanmean().item(),
-                  "reward_std": every["reward"].std(1).nanmean().item(), "resampled": n_again,
-                  "adv_zero": (all_cat(adv) == 0).float().mean().item(),
-                  **{name: r.nanmean().item() for name, r in every.items()}, **numbers,
-                  "lr": learning_rate(step, args), "s_rollout": times[1] - times[0],
-                  "s_reward": times[2] - times[1], "s_update": times[3] - times[2],
-                  "images_per_s": P * G * world / (times[3] - times[0]),
-                  "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30})     # 0 on a CPU
-        bad_steps = 0 if numbers["taken"] else bad_steps + 1
-        if bad_steps == 20:
-            raise SystemExit("20 steps in a row were not taken (no score, or not finite): "
-                             f"go on from a checkpoint in {out}, with a smaller --lr")
+            # the groups of this step; slots and keys are numbered over all processes
+            times, n_again = [processes.now(device)], 0
+            first = (step * world_size + rank) * P
+            chosen = [example_at(first + i, examples, args.seed) for i in range(P)]
+            keys = [(args.seed, step, rank * P + i, 0) for i in range(P)]       # 0: first attempt
+            prompt, traj = stop.call(sample_groups, chosen, keys, args, showo)      # Eq. 1-9
+            times.append(processes.now(device))
+            rewards = stop.call(score_groups, chosen, traj, magvit, reward)         # (P, G) each
+            groups = Groups(chosen, keys, prompt, traj, rewards)
+            if args.filter_low:                                                     # Sec. 3.3
+                n_again = sample_again(groups, sample_filter, args, *models, reward, stop)
+            times.append(processes.now(device))
 
+            adv = advantages(groups, reward.weights)                                # Eq. 12, (B,)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            numbers = update(groups, adv, loss_iterations(step, args), args, showo, reference,
+                             optimizer)
+            times.append(processes.now(device))
+            unsaved = unsaved or bool(numbers["taken"])
+
+            s_rollout, s_reward, s_update = (b - a for a, b in itertools.pairwise(times))
+            all_rewards = {name: all_cat(r) for name, r in groups.rewards.items()}  # (P of all, G)
+            log.step({"step": step + 1, "reward_mean": all_rewards["reward"].nanmean().item(),
+                      "reward_std": all_rewards["reward"].std(1).nanmean().item(),
+                      "resampled": n_again,
+                      "adv_zero": (all_cat(adv.nan_to_num(0)) == 0).float().mean().item(),
+                      **{name: r.nanmean().item() for name, r in all_rewards.items()}, **numbers,
+                      "lr": learning_rate(step, args), "s_rollout": s_rollout,
+                      "s_reward": s_reward, "s_update": s_update,
+                      "images_per_s": P * G * world_size / (times[-1] - times[0]),
+                      "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30})     # 0 on a CPU
+            bad_steps = 0 if numbers["taken"] else bad_steps + 1
+    except processes.Ended as end:
+        # a signal, a reward that fails, 20 steps in vain: what has been learnt is kept
+        stop.saving = True
+        if unsaved:
+            save()
+        if isinstance(end.code, int):
+            log.say(f"stopped by a signal after step {step}; go on with --resume --out {out}")
+        log.close()
+        processes.barrier()     # torchrun kills the others as soon as one ends
+        raise
     log.close()
-    if stopped:
-        log.say(f"stopped by a signal after step {step}; go on with --resume --out {out}")
-        sys.exit(128 + stopped)         # `train.py && ...` does not go on
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main, "a smaller --micro-batch, --grad-checkpoint or --lora")

@@ -30,13 +30,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import shapes  # noqa: E402
-from checkpoint import write_model  # noqa: E402
 from model import SPECIALS, MAGVITv2, Prompt, Showo  # noqa: E402
+from shapes import world  # noqa: E402
+from support.weights import library, mend_tokenizer, write_model  # noqa: E402
 
-GRID, CELL = shapes.GRID, shapes.CELL
+GRID, CELL = world.GRID, world.CELL
 CELLS = GRID ** 2
-OBJECTS = len(shapes.LABELS)
+OBJECTS = len(world.LABELS)
 BITS = 8            # of a code: 40 objects and 216 textures are 256
 
 
@@ -44,15 +44,15 @@ BITS = 8            # of a code: 40 objects and 216 textures are 256
 
 def codes_of(objects: dict, rng: random.Random) -> list[int]:
     """Return 36 codes: objects {(row, column): (class, colour)}, and ground drawn at random."""
-    codes = [rng.randrange(OBJECTS, shapes.CODES) for _ in range(CELLS)]
+    codes = [rng.randrange(OBJECTS, world.CODES) for _ in range(CELLS)]
     for (row, column), label in objects.items():
-        codes[row * GRID + column] = shapes.LABELS.index(label)
+        codes[row * GRID + column] = world.LABELS.index(label)
     return codes
 
 
 def paint(objects: dict, seed: int) -> torch.Tensor:
     """Paint objects on ground that the seed draws -> uint8 (3, 48, 48)."""
-    return shapes.assemble(torch.tensor([codes_of(objects, random.Random(seed))]))[0]
+    return world.assemble(torch.tensor([codes_of(objects, random.Random(seed))]))[0]
 
 
 def _stands(relation, dy, dx):
@@ -79,7 +79,7 @@ def arrange(metadata: dict, rng: random.Random) -> dict:
 
     objects = {}
     for place, clause in zip(places, wanted, strict=True):
-        colour = clause.get("color") or rng.choice(list(shapes.COLOURS))
+        colour = clause.get("color") or rng.choice(list(world.COLOURS))
         objects[place] = clause["class"], colour
     return objects
 
@@ -103,10 +103,10 @@ def word_tokenizer():
 
     bos = eos = <|endoftext|>, as in Phi's.
     """
-    from transformers import PreTrainedTokenizerFast
+    PreTrainedTokenizerFast = library("transformers").PreTrainedTokenizerFast
     words = "<|endoftext|> <|unk|> a an photo of and left right above below".split()
-    words += [*shapes.NUMBERS.values(), *shapes.COLOURS]
-    words += shapes.CLASSES + [shapes.plural(name) for name in shapes.CLASSES]
+    words += [*world.NUMBERS.values(), *world.COLOURS]
+    words += world.CLASSES + [world.plural(name) for name in world.CLASSES]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<|unk|>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -151,7 +151,7 @@ def random_codes(B):
     """Draw B pictures with objects all over, half of them few -> codes Long (B, 36)."""
     share = torch.tensor([0.06, 0.3])[torch.randint(2, (B, 1))]
     return torch.where(torch.rand(B, CELLS) < share, torch.randint(OBJECTS, (B, CELLS)),
-                       torch.randint(OBJECTS, shapes.CODES, (B, CELLS)))
+                       torch.randint(OBJECTS, world.CODES, (B, CELLS)))
 
 
 def pretrain_tokenizer(steps, seed, *, batch=8, lr=3e-3) -> MAGVITv2:
@@ -167,7 +167,7 @@ def pretrain_tokenizer(steps, seed, *, batch=8, lr=3e-3) -> MAGVITv2:
     def loss_at(step):
         """Return the loss of fresh pictures, a scalar."""
         codes = random_codes(batch)                                                    # (B, 36)
-        pictures = scaled(shapes.assemble(codes))
+        pictures = scaled(world.assemble(codes))
         signs = model.quantize.embedding[codes]                                 # (B, 36, 8), +-1
         signs = signs.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
         bits = F.softplus(-signs * model.encoder(pictures)).mean()
@@ -180,15 +180,15 @@ def pretrain_tokenizer(steps, seed, *, batch=8, lr=3e-3) -> MAGVITv2:
 
 def captioned_pictures(n, rng):
     """Draw n captioned pictures -> captions list[str], family Long (n,), codes Long (n, 36)."""
-    lines = shapes.prompts("all", n)
+    lines = world.prompts("all", n)
     codes = torch.tensor([codes_of(arrange(line, rng), rng) for line in lines])
-    family = torch.tensor([list(shapes.FAMILIES).index(line["tag"]) for line in lines])
+    family = torch.tensor([list(world.FAMILIES).index(line["tag"]) for line in lines])
     return [line["prompt"] for line in lines], family, codes
 
 
 def other_ground(codes):
     """Return codes (B, 36) with all textures drawn anew: which one a cell has means nothing."""
-    textures = torch.randint(OBJECTS, shapes.CODES, codes.shape)
+    textures = torch.randint(OBJECTS, world.CODES, codes.shape)
     return torch.where(codes < OBJECTS, codes, textures)
 
 
@@ -261,8 +261,8 @@ def pretrain_base(steps, seed, *, pool=60000, batch=64, lr=2e-3, hidden=128, lay
     model = new_showo(hidden, layers)
     captions, family, codes = captioned_pictures(pool, random.Random(seed))
     ids, empty = model.encode(captions).ids, model.encode([""]).ids
-    members = [(family == f).nonzero()[:, 0] for f in range(len(shapes.FAMILIES))]
-    share, wrong = (torch.tensor([numbers[tag] for tag in shapes.FAMILIES])
+    members = [(family == f).nonzero()[:, 0] for f in range(len(world.FAMILIES))]
+    share, wrong = (torch.tensor([numbers[tag] for tag in world.FAMILIES])
                     for numbers in (SHARES, WRONG))
 
     def draw(families):
@@ -299,7 +299,7 @@ CLIP = {
 
 def pretrain_clip(steps, seed, *, pool=60000, batch=128, lr=1e-3):
     """Train open_clip's CLIP with its own loss on pictures and right captions of the world."""
-    import open_clip
+    open_clip = library("open_clip")
     torch.manual_seed(seed)
     model = open_clip.CLIP(**CLIP)
     captions, _, codes = captioned_pictures(pool, random.Random(seed + 1))
@@ -312,7 +312,7 @@ def pretrain_clip(steps, seed, *, pool=60000, batch=128, lr=1e-3):
     def loss_at(step):
         """Return CLIP's loss of a batch of the pool, a scalar."""
         row = torch.randint(pool, (batch,))
-        pixels = (shapes.assemble(other_ground(codes[row])) / 255 - mean) / std
+        pixels = (world.assemble(other_ground(codes[row])) / 255 - mean) / std
         return open_clip.ClipLoss()(*model(pixels, tokens[row]))
     descend("clip", model, loss_at, steps, lr)
     return model
@@ -323,6 +323,7 @@ def save_clip(model, folder):
     state = {name: weight.half() for name, weight in model.state_dict().items()}
     write_model(folder, "open_clip_model", state, open_clip_config={"model_cfg": CLIP})
     word_tokenizer().save_pretrained(folder)
+    mend_tokenizer(folder)
 
 
 def make_tokenizer(steps, seed, folder):

@@ -1,0 +1,77 @@
+"""The parser, and the flags that several scripts share."""
+import argparse
+import sys
+from argparse import SUPPRESS, BooleanOptionalAction
+
+from support.weights import is_shapes
+
+# defaults of the sampler, by model
+SAMPLING = {"showo": dict(T=50, guidance=5.0, temperature=1.0, batch=8, n=1),
+            "shapes": dict(T=12, guidance=0.0, temperature=1.0, batch=256, n=1)}
+
+
+def parser(doc) -> argparse.ArgumentParser:
+    """Return a parser that ends in one plain line (see processes.run()) and shows what a script is
+    and its commands, the first two paragraphs of its docstring, in --help."""
+    p = argparse.ArgumentParser(description="\n\n".join(doc.split("\n\n")[:2]), allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = sys.exit
+    # torch.distributed.launch and deepspeed add it; the environment says the same
+    p.add_argument("--local-rank", "--local_rank", type=int, help=SUPPRESS)
+    return p
+
+
+def at_least(least):
+    """Return the type of a flag: a whole number of at least this."""
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+    number.__name__ = "int"         # as argparse's message has it
+    return number
+
+
+def parse(p, presets):
+    """Parse the command line -> args, and the flags that differ from their defaults, as text.
+
+    A flag that is not given has its value in presets["shapes"] if --model is the tiny base, else in
+    presets["showo"]; --help names both."""
+    for action in p._actions:
+        if action.help and action.help != SUPPRESS:
+            showo, tiny = (presets[name].get(action.dest) for name in ("showo", "shapes"))
+            default = action.default if showo is None else f"{showo}; shapes: {tiny}"
+            shown = default not in (None, False, SUPPRESS) and action.nargs != 0
+            action.help += f" (default: {default})".replace("%", "%%") * shown
+    args = p.parse_args()
+    del args.local_rank
+    defaults = {a.dest: a.default for a in p._actions}
+    defaults |= presets["shapes" if is_shapes(args.model) else "showo"]
+    for name, value in vars(args).items():
+        if value is None:
+            setattr(args, name, defaults[name])
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+             if value != defaults[name]]
+    return args, " ".join(given)
+
+
+def add_model_flags(add):
+    """Add the flags that say which weights to load, and where; add: a parser's add_argument."""
+    add("--model", default="showlab/show-o-512x512",
+        help="hub id (ID@REVISION pins it), folder or state_dict; shapes = the tiny base")
+    add("--ckpt", help="weights in place of the model's: a checkpoint folder, or a state_dict")
+    add("--vq", help="MAGVIT-v2 (default: showlab/magvitv2; shapes: its own)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products; "
+        "auto: bf16 on a GPU. float32 is never TF32")
+    add("--compile", action=BooleanOptionalAction, help="fuse the kernels of a layer, by "
+        "torch.compile (default: on a GPU)")
+
+
+def add_sampling_flags(add):
+    add("--steps", type=at_least(1), dest="T", help="unmasking iterations")
+    add("--cfg", type=float, dest="guidance", help="guidance, 0 = none")
+    add("--temperature", type=float, help="of the Gumbel noise")
+    add("--batch", type=at_least(1), help="pictures at a time")
+    # torchrun takes --n for an abbreviation of its own flags
+    add("--images-per-prompt", "--n", type=at_least(1), dest="n", help="pictures of each prompt")
+    add("--seed", type=int, default=0, help="of the random numbers")

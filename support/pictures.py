@@ -1,0 +1,149 @@
+"""Pictures on the disk: read, grid, draw what is missing, match a folder with prompts."""
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from support.processes import all_lists, barrier, rank
+from support.weights import fingerprint, image_tokenizer, read_json, write_json
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def to_pil(image):      # uint8[3, H, W]
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def encode_png(image) -> str:       # uint8[3, H, W] -> base64
+    file = io.BytesIO()
+    to_pil(image).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def read_picture(path):     # -> uint8[3, H, W]
+    try:
+        image = Image.open(path)
+        if image.mode.startswith("I"):      # 16 bits of grey, which PIL would cut off at 255
+            image = Image.fromarray((numpy.array(image) / 257).round().astype("uint8"))
+        return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SystemExit(f"{path}: is no whole picture ({error}); draw it again, or remove it and "
+                         "what belongs to it") from None
+
+
+def is_whole(path) -> bool:
+    """Return whether a picture is there, up to its last byte."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+        return True
+    except (OSError, SyntaxError):
+        return False
+
+
+def grid(images, captions, columns):
+    """Return one PIL image of uint8[B, 3, H, W], a caption under each; small ones are enlarged."""
+    scale = max(1, 144 // images.shape[-1])
+    height, width, text = images.shape[-2] * scale, images.shape[-1] * scale, 28
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + 4), rows * (height + 4 + text)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns * (width + 4) + 2, i // columns * (height + 4 + text) + 2
+        sheet.paste(to_pil(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        lines = textwrap.wrap(caption, max(1, width // 6))[:2]
+        draw.text((x, y + height + 1), "\n".join(lines), "black", font, spacing=1)
+    return sheet
+
+
+# ------------------------------------------------------------------------------ a folder's pictures
+
+def drawn_with(args, examples, dtype) -> dict:
+    """Return what a folder's pictures depend on, from the flags of a script that draws. What stands
+    in brackets is a digest of the content, and counts rather than the name."""
+    def named(name, digest):
+        return f"{name} ({digest})"
+    prompts = hashlib.sha256(json.dumps([e["prompt"] for e in examples]).encode()).hexdigest()
+    weights, vq = args.ckpt or args.model, args.vq or image_tokenizer(args.model)
+    return {"weights": named(weights, fingerprint(weights)), "vq": named(vq, fingerprint(vq)),
+            "prompts": named(f"{len(examples)} prompts", prompts[:12]), "n": args.n, "T": args.T,
+            "guidance": args.guidance, "temperature": args.temperature, "seed": args.seed,
+            "dtype": str(dtype).removeprefix("torch.")}
+
+
+def claim_folder(out, facts):
+    """Keep in OUT/drawn.json what draws a folder's pictures. SystemExit if something else has drawn
+    those that are there: they would be taken for new ones."""
+    path = out / "drawn.json"
+    before = read_json(path)
+    if not before and any(p.suffix.lower() in SUFFIXES for p in out.rglob("*")):
+        raise SystemExit(f"--out {out}: holds pictures, but no drawn.json that says what drew "
+                         "them; choose another folder")
+    other = [f"{name} {before.get(name)}, not {value}" for name, value in facts.items()
+             if str(before.get(name)).split(" (")[-1] != str(value).split(" (")[-1]]
+    if before and other:
+        raise SystemExit(f"--out {out}: its pictures were drawn with {'; '.join(other)}. Choose "
+                         "another folder")
+    barrier()       # all have looked before one writes
+    if not before:
+        out.mkdir(parents=True, exist_ok=True)
+        part = out / f".drawn-{rank()}.json"
+        write_json(part, facts)
+        part.replace(path)
+
+
+def draw_missing(files, examples, draw, batch) -> int:
+    """Draw the pictures that are not there, or not whole -> how many this process has drawn.
+
+    files: {i: paths}, the pictures of example i. draw(prompts, n=, seeds=) -> uint8[B, 3, H, W]."""
+    todo = [i for i, paths in files.items() if not all(map(is_whole, paths))]
+    n_files, n_todo = (sum(len(files[i]) for i in some) for some in (files, todo))
+    there, wanted = (sum(all_lists([number])) for number in (n_files - n_todo, n_files))
+    if there and rank() == 0:
+        print(f"{there} of {wanted} pictures are there already and stay", flush=True)
+
+    n = max(map(len, files.values()), default=1)
+    chunk = max(1, batch // n)
+    for numbers in (todo[k:k + chunk] for k in range(0, len(todo), chunk)):
+        pictures = draw([examples[i]["prompt"] for i in numbers], n=n, seeds=numbers)
+        for path, picture in zip((p for i in numbers for p in files[i]), pictures, strict=True):
+            to_pil(picture).save(path.with_suffix(".part"), "PNG")
+            path.with_suffix(".part").replace(path)
+    return n_todo
+
+
+def find_pictures(folder, prompts) -> list[list[Path]]:
+    """Return the pictures of each prompt, as many for each, below a folder: those whose names begin
+    with it, else by a number in their names that has a value for each prompt, else in order."""
+    found = {p: str(p.relative_to(folder)) for p in folder.rglob("*")
+             if p.suffix.lower() in SUFFIXES and p.stem != "grid"}
+    paths = [p for p, name in found.items() if not re.search(r"(^|[/\\])\.", name)]     # hidden
+    paths.sort(key=lambda p: [x.zfill(20) for x in re.split(r"(\d+)", found[p])])
+    n = len(paths) // len(prompts)
+    if not paths or n * len(prompts) != len(paths):
+        raise SystemExit(f"--images: {len(paths)} pictures for {len(prompts)} prompts, uneven")
+    lengths, known = sorted(set(map(len, prompts)), reverse=True), set(prompts)
+    named = [next((s[:k] for k in lengths for s in (p.name, found[p]) if s[:k] in known), None)
+             for p in paths]
+    counts = Counter(named)
+    if any(named) and {counts[q] for q in prompts} != {n}:
+        raise SystemExit(f"--images: the names begin with prompts, but not {n} with each")
+    numbers = [re.findall(r"\d+", re.sub(r"(?i)seed[-_=]?\d+", "", found[p])) for p in paths]
+    # a number that counts from 0 or 1 rather than a seed
+    columns = sorted(zip(*numbers, strict=False), key=lambda column: min(map(int, column)) > 1)
+    for keys in (named, *columns):
+        groups = {}
+        for key, path in zip(keys, paths, strict=True):
+            groups.setdefault(key, []).append(path)
+        if None not in groups and [len(group) for group in groups.values()] == [n] * len(prompts):
+            return [groups[q] for q in (prompts if keys is named else sorted(groups, key=int))]
+    return [paths[i * n:(i + 1) * n] for i in range(len(prompts))]
