@@ -9,7 +9,7 @@ share belongs to another picture of the same family, as captions found on the we
 draw everything, and often draws something else than asked. That is what RL then mends.
 
 The CLIP has open_clip's architecture and its local folder. It learns from right captions alone. As
-larger ones do, it knows what is in a picture and not how that belongs together (results/world.py):
+larger ones do, it knows what is in a picture and not how that belongs together (tools/world.py):
 it ranks a right picture over one with another class, count or colour every time, over one whose
 relation is turned round, or whose two colours are exchanged, half of the time.
 """

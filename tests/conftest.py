@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests/data"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import checkpoint  # noqa: E402
 from model import load_magvit, load_showo  # noqa: E402  (it mends a torchvision for open_clip)
 

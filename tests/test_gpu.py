@@ -34,7 +34,7 @@ FLAGS = ("--model shapes --reward geneval:partial --filter-low --steps 2 --promp
          "--eval-every 0 --eval-n 1 --eval-unmask-steps 2 --save-every 1").split()
 
 
-PRETEND = ROOT / "tests/pretend_gpu.py"
+PRETEND = ROOT / "tools/pretend_gpu.py"
 
 
 def start(*command):
@@ -330,9 +330,8 @@ def drop_last(run, other):
 
 def main_of_one(out):
     """Go through the scripts in one process."""
-    import pretend_gpu
-    sys.path.insert(0, str(ROOT / "results"))
     import gpu_check
+    import pretend_gpu
     waits = {"planted in rollout": planted_wait()}
 
     def training(name, *flags, run=None):

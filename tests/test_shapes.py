@@ -15,7 +15,7 @@ import shapes
 from eval_geneval import exact_score, filter_detections, relative_position, score, verdicts
 from model import to_uint8
 
-sys.path += [str(ROOT / "shapes"), str(ROOT / "results")]
+sys.path.append(str(ROOT / "shapes"))
 import pretrain  # noqa: E402
 import world  # noqa: E402
 
@@ -152,7 +152,7 @@ def test_codes_are_the_templates(pictures, base):
 
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory):
-    """What results/world.py writes of 3 pictures of each prompt that it takes."""
+    """What tools/world.py writes of 3 pictures of each prompt that it takes."""
     path = tmp_path_factory.mktemp("world") / "world.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["world.py", "--n", "3", "--json", str(path)])

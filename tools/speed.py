@@ -1,6 +1,6 @@
 """Make speed.md of what was measured: speed_notes.md, a table in the place of each [table NAME].
 
-    python results/speed.py --out results/speed.md
+    python tools/speed.py --out results/speed.md
 
 gpu: gpu.json, what gpu_check.py last wrote, or, as long as no card has run the present code,
 gpu-earlier.json, what earlier code did. cpu: bench-small-cpu.json. load: bench-load.json.
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from gpu_check import table as findings
 
-HERE = Path(__file__).resolve().parent
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def read(name):
-    """Return what a file of this folder holds."""
-    return json.loads((HERE / name).read_text())
+    """Return what a file of results/ holds."""
+    return json.loads((RESULTS / name).read_text())
 
 
 def markdown(rows) -> str:
@@ -27,7 +27,7 @@ def markdown(rows) -> str:
 
 def has_run() -> bool:
     """Return whether gpu_check.py has left its findings."""
-    return (HERE / "gpu.json").exists()
+    return (RESULTS / "gpu.json").exists()
 
 
 def gpu() -> str:
@@ -63,9 +63,9 @@ def load() -> str:
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--out", type=Path, default=HERE / "speed.md")
+    p.add_argument("--out", type=Path, default=RESULTS / "speed.md")
     args = p.parse_args()
-    text = (HERE / "speed_notes.md").read_text()
+    text = (RESULTS / "speed_notes.md").read_text()
     for name, make in (("gpu", gpu), ("cpu", cpu), ("load", load)):
         text = text.replace(f"[table {name}]", make())
     args.out.write_text(text)

@@ -1,10 +1,10 @@
 """Measure speed and memory, ours beside a plain implementation, in one run.
 
-    python results/bench.py --size small            # rollout, update, peak memory of an update
-    python results/bench.py ladder --size small     # one pass, an idea more at every rung
-    python results/bench.py curve --size small      # seconds over G, T and the number of prompts
-    python results/bench.py memory --size small     # peak memory of an update alone
-    python results/bench.py load                    # peak memory of loading a Show-o of full size
+    python tools/bench.py --size small            # rollout, update, peak memory of an update
+    python tools/bench.py ladder --size small     # one pass, an idea more at every rung
+    python tools/bench.py curve --size small      # seconds over G, T and the number of prompts
+    python tools/bench.py memory --size small     # peak memory of an update alone
+    python tools/bench.py load                    # peak memory of loading a Show-o of full size
                                                     # (5.8 GB of zeros, a sparse file), of decoding
 
 plain does what the released code does: rollouts of one image at a time, the padded row of 129 text

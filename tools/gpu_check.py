@@ -1,8 +1,8 @@
 """Check on a CUDA machine, without a network, that training runs there, and measure it.
 
-    TMPDIR=/dev/shm python results/gpu_check.py --json results/gpu.json     # one GPU of 48 GB
-    python results/gpu_check.py --table results/gpu.json                    # its tables, of a file
-    python tests/pretend_gpu.py results/gpu_check.py --size tiny --no-compile   # seconds, on a CPU
+    TMPDIR=/dev/shm python tools/gpu_check.py --json results/gpu.json     # one GPU of 48 GB
+    python tools/gpu_check.py --table results/gpu.json                    # its tables, of a file
+    python tools/pretend_gpu.py tools/gpu_check.py --size tiny --no-compile   # seconds, on a CPU
 
 First a rollout and updates of a Show-o 512 of random weights, beside plain's (bench.py), with the
 seconds and the graphs that they needed to compile, their share of a large product's rate, and the
@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+sys.path.insert(0, str(ROOT))
 
 import bench  # noqa: E402
 
@@ -270,7 +270,7 @@ def main():
     if args.table:
         return print(table(json.loads(args.table.read_text())))
     if not torch.cuda.is_available():
-        raise SystemExit("gpu_check.py: there is no CUDA device; tests/pretend_gpu.py runs it on a "
+        raise SystemExit("gpu_check.py: there is no CUDA device; tools/pretend_gpu.py runs it on a "
                          "CPU")
     start, found = time.perf_counter(), Findings(args.json)
     _, _, device = common.setup("cuda")

@@ -1,6 +1,6 @@
 """Plot the held-out score of the first command's three seeds over optimizer steps -> curves.png.
 
-    python results/curves.py
+    python tools/curves.py
 
 shapes-p2-seedSEED.jsonl is the eval.jsonl of
 `python train.py --model shapes --no-kl --filter-low --ratio mean --seed SEED`.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def plot(runs: dict, path):
@@ -34,10 +34,10 @@ def plot(runs: dict, path):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--out", type=Path, default=HERE / "curves.png")
+    p.add_argument("--out", type=Path, default=RESULTS / "curves.png")
     args = p.parse_args()
     runs = {}
-    for path in sorted(HERE.glob("shapes-p2-seed*.jsonl")):
+    for path in sorted(RESULTS.glob("shapes-p2-seed*.jsonl")):
         seed = path.stem.removeprefix("shapes-p2-seed")
         runs[f"seed {seed}"] = [json.loads(line) for line in path.read_text().splitlines()]
     plot(runs, args.out)

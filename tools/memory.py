@@ -1,6 +1,6 @@
 """Count the GPU memory of training Show-o 512, without a GPU and without weights.
 
-    python results/memory.py        # minutes; with --size tiny seconds
+    python tools/memory.py        # minutes; with --size tiny seconds
 
 train.py's own code runs on tensors that have shapes but no values (FakeTensorMode), and the bytes
 of all live storages are added up. Not seen: what kernels use inside, the allocator's gaps, CUDA's
@@ -185,7 +185,7 @@ def main():
     sizes = "; ".join(
         f"{how}: " + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in sizes.items())
         for how, sizes in found["bytes"].items())
-    lines = [f"`python results/memory.py {' '.join(sys.argv[1:])}`", "",
+    lines = [f"`python tools/memory.py {' '.join(sys.argv[1:])}`", "",
              "Peak memory of training in GB (1e9), counted without a GPU; with --zero on each of "
              f"{PROCESSES} processes. {found['parameters']:,} parameters. {sizes}.", "",
              f"| {' | '.join(found['GB'][0])} |", "|---" * 8 + "|"]

@@ -1,7 +1,7 @@
 """A GPU made of a CPU: run a program as if it had one, and fail where a GPU would.
 
-    python tests/pretend_gpu.py train.py --model shapes --no-kl --steps 2 --out runs/x
-    torchrun --nproc_per_node 2 tests/pretend_gpu.py train.py ...       # gloo plays nccl
+    python tools/pretend_gpu.py train.py --model shapes --no-kl --steps 2 --out runs/x
+    torchrun --nproc_per_node 2 tools/pretend_gpu.py train.py ...       # gloo plays nccl
 
 Tensors stay on the CPU. Their storages carry a tag, .device tells it, and an operation that mixes
 tags raises as CUDA does (CPU tensors of 0 dimensions in pointwise operations and CPU indices into

@@ -1,8 +1,8 @@
 """A rehearsal: every command that the README tells a user of GPUs, at tiny size, on any machine.
 
-    python tests/rehearsal.py                                   # one process
-    torchrun --nproc_per_node 2 tests/rehearsal.py              # two
-    python tests/rehearsal.py --hub DIR                         # only the models, as a hub cache:
+    python tools/rehearsal.py                                   # one process
+    torchrun --nproc_per_node 2 tools/rehearsal.py              # two
+    python tools/rehearsal.py --hub DIR                         # only the models, as a hub cache:
     HF_HOME=DIR HF_HUB_OFFLINE=1 torchrun --nproc_per_node 8 train.py --no-kl --filter-low
 
 The models have random weights, and lie in a hub cache under the real names and in the real layouts.

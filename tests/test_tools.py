@@ -13,7 +13,7 @@ from checkpoint import read_rows
 from model import load_models
 
 # the processes that they start import them by their names
-sys.path += [str(ROOT / folder) for folder in ("results", "shapes", "prompts")]
+sys.path += [str(ROOT / folder) for folder in ("shapes", "prompts")]
 import experiments  # noqa: E402
 import make_prompts  # noqa: E402
 import speed  # noqa: E402

@@ -1,15 +1,16 @@
 """The paper's tables on the tiny base, and some beyond them.
 
-    python results/experiments.py run [NAME ...]    # two at a time, a core each; can be stopped
-    python results/experiments.py report            # README.md and a plot of each, into --folder
-    python results/experiments.py look              # the two factors of Eq. 14, by iteration
-    python results/experiments.py ceiling           # what the base can draw at all: best of 64
+    python tools/experiments.py run [NAME ...]    # two at a time, a core each; can be stopped
+    python tools/experiments.py report            # README.md and a plot of each, into --folder
+    python tools/experiments.py look              # the two factors of Eq. 14, by iteration
+    python tools/experiments.py ceiling           # what the base can draw at all: best of 64
 
 An experiment compares arms; an arm is DEFAULT with some flags of train.py exchanged, run once per
 seed. The reward is the tiny CLIP unless an arm says otherwise; the score is GenEval's, of 63
 held-out prompts x 8 pictures. A run leaves one row in rows.jsonl: flags, seed, evaluations, and
 means over steps of what the log holds. Arms with the same flags share their runs.
-experiments/notes.md holds what was predicted and found; report puts tables and plots into it.
+results/experiments/notes.md holds what was predicted and found; report puts tables and plots into
+it.
 Intervals are 95%, Student's t over seeds; arms are compared seed by seed.
 """
 import argparse
@@ -27,8 +28,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent / "experiments"
-ROOT = HERE.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import shapes  # noqa: E402
@@ -324,7 +324,7 @@ def report(args):
             blocks[name] = [*table(columns, arms), "", f"![{name}]({name}.png)"]
     if arms := found_arms("long", there):
         blocks["best"] = best_table(arms)
-    text = (HERE / "notes.md").read_text()
+    text = (ROOT / "results/experiments/notes.md").read_text()
     for name, lines in blocks.items():
         text = text.replace(f"[table {name}]\n", "\n".join(lines) + "\n")
     (args.folder / "README.md").write_text(text)
