@@ -29,15 +29,6 @@ def read_lines(name):
     return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
 
 
-def plain_phi(showo):
-    """Return transformers' PhiForCausalLM with the weights of a Showo."""
-    from transformers import PhiConfig, PhiForCausalLM
-    config = PhiConfig.from_dict({**showo.phi, "qk_layernorm": True, "tie_word_embeddings": False})
-    phi = PhiForCausalLM._from_config(config, attn_implementation="sdpa")
-    phi.load_state_dict(showo.showo.state_dict())
-    return phi.eval()
-
-
 def metrics(out):
     """Return the rows of a run's metrics.jsonl, but for times and memory."""
     measured = re.compile("s_|images_per_s|peak_gib")

@@ -357,7 +357,7 @@ def main_of_one(out):
         found = {"rewards": scores()}
         call(eval_geneval.main, "eval_geneval.py", "--steps", 2, "--n", 1, "--prompts",
              work / "eval.jsonl", "--no-compile", "--out", out / "geneval")
-    call(gpu_check.main, "gpu_check.py", "--size", "tiny", "--no-compile", "--json",
+    call(gpu_check.main, "gpu_check.py", "--size", "shapes", "--no-compile", "--json",
          out / "gpu_check.json")
 
     magvit = load_magvit("shapes/magvitv2", device="cuda")

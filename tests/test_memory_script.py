@@ -1,4 +1,4 @@
-"""tools/memory.py runs at its tiny size and counts what can be known beforehand."""
+"""tools/memory.py runs at its smallest size and counts what can be known beforehand."""
 import json
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from conftest import ROOT
 def test_table_of_memory(tmp_path):
     """A row for each setting; 16 bytes a parameter for weight, gradient and two moments."""
     md, numbers = tmp_path / "memory.md", tmp_path / "memory.json"
-    subprocess.run([sys.executable, "tools/memory.py", "--size", "tiny", "--md", md,
+    subprocess.run([sys.executable, "tools/memory.py", "--size", "shapes", "--md", md,
                     "--json", numbers], cwd=ROOT, check=True, timeout=600)
     found = json.loads(numbers.read_text())
     size, lora, rows = found["bytes"]["all weights"], found["bytes"]["--lora"], found["GB"]
@@ -20,7 +20,7 @@ def test_table_of_memory(tmp_path):
     assert lora["moments"] == 2 * lora["gradients"]
 
     lines = md.read_text().splitlines()
-    assert lines[0].startswith("`python tools/memory.py --size tiny")
+    assert lines[0].startswith("`python tools/memory.py --size shapes")
     assert sum(line.startswith("| p") for line in lines) == len(rows) == 8
     table = {(row["transition"], row["--grad-checkpoint"], row["--lora"]): row for row in rows}
     assert set(table) == {(kind, checkpointing, rank) for kind in ("p2", "p1")

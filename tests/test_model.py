@@ -9,7 +9,8 @@ import sys
 import huggingface_hub
 import pytest
 import torch
-from conftest import DATA, ROOT, plain_phi, read_json
+from bench import plain_phi
+from conftest import DATA, ROOT, read_json
 from safetensors.torch import load_file, save_file
 
 import model

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, plain_phi, read_json
+from bench import plain_phi
+from conftest import DATA, read_json
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import chi2

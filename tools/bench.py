@@ -1,8 +1,6 @@
 """Measure speed and memory, ours beside a plain implementation, in one run.
 
     python tools/bench.py --size small            # rollout, update, peak memory of an update
-    python tools/bench.py ladder --size small     # one pass, an idea more at every rung
-    python tools/bench.py curve --size small      # seconds over G, T and the number of prompts
     python tools/bench.py memory --size small     # peak memory of an update alone
     python tools/bench.py load                    # peak memory of loading a Show-o of full size
                                                     # (5.8 GB of zeros, a sparse file), of decoding
@@ -23,17 +21,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import write_json  # noqa: E402
-from model import SPECIALS, MAGVITv2, Prompt, Showo, load_magvit, load_showo  # noqa: E402
+from model import SPECIALS, MAGVITv2, Prompt, Showo, load_showo  # noqa: E402
 from sample import (  # noqa: E402
     Trajectory,
     choose_and_move,
@@ -43,7 +39,8 @@ from sample import (  # noqa: E402
     transition_log_prob,
 )
 
-# Phi's sizes, then Show-o's: text vocabulary, K, N, and T and G of the run they stand for
+# Phi's sizes, then Show-o's: text vocabulary, K, N, and T and G of the run they stand for; "shapes"
+# is the smallest, for all tools
 SIZES = {
     "shapes": (dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4,
                     num_attention_heads=4), 35, 256, 36, 12, 8),
@@ -52,27 +49,36 @@ SIZES = {
     "showo-256": ({}, 50295, 8192, 256, 50, 6),
     "showo-512": ({}, 50295, 8192, 1024, 50, 6),
 }
+TINY_VQ = dict(ch=32, ch_mult=[1, 1, 1], num_res_blocks=[1, 1, 1], z_channels=8)
 TEXT = 129          # columns of text in a padded row
 
 
 # ---------------------------------------------------------------------------------------- set-up
 
-def random_showo(size, device):
-    """Return a Showo with random weights, computing in bf16 on a GPU, and its size's T and G."""
+def random_showo(size, device, **sizes):
+    """Return a Showo with random weights, computing in bf16 on a GPU, and its size's T and G.
+
+    sizes: of Phi, in place of the size's own."""
     phi, n_text, K, N, T, G = SIZES[size]
     config = {"vocab_size": n_text + len(SPECIALS) + K + 1, "llm_vocab_size": n_text,
               "codebook_size": K, "num_vq_tokens": N}
     torch.manual_seed(0)
     with torch.device(device):
-        showo = Showo(config, phi, None)
+        showo = Showo(config, phi | sizes, None)
     if torch.device(device).type == "cuda":
         showo.dtype, showo.compiled = torch.bfloat16, True
     return showo.eval(), T, G
 
 
+def random_magvit(size):
+    """Return a MAGVITv2 with random weights: Show-o's, or a tiny one."""
+    return MAGVITv2({"encoder": TINY_VQ, "decoder": TINY_VQ} if size == "shapes" else None).eval()
+
+
 @functools.cache
 def plain_phi(showo):
-    """Return transformers' PhiForCausalLM with the very weights of a Showo."""
+    """Return transformers' PhiForCausalLM with the very weights of a Showo, and gradients of its
+    own."""
     from transformers import PhiConfig, PhiForCausalLM
     with torch.device("meta"):
         config = PhiConfig.from_dict({**showo.phi})
@@ -101,6 +107,12 @@ def random_trajectory(showo, G, T):
     codes = torch.randint(showo.K, (G, showo.N))
     threshold = torch.full((G, T), 0.01, device=showo.device)
     return Trajectory(codes.to(showo.device), order.to(showo.device), threshold, showo.K)
+
+
+def zero_gradients(model):
+    """Make the gradients, which a run holds at its peak, and keeps."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
 
 
 def generators(device, seeds):
@@ -144,11 +156,6 @@ def plain_logits(showo, codes, prompt):
                                 use_cache=False).logits
 
 
-def plain_image_logits(showo, codes, prompt):
-    """Return the logits of the image tokens, Float32 (B, N, K)."""
-    return image_part(showo, plain_logits(showo, codes, prompt))
-
-
 def image_part(showo, logits):
     """Return the image positions and image columns of plain_logits()."""
     return logits[:, -showo.N - 1:-1, showo.code_offset:-1].float()
@@ -162,7 +169,7 @@ def plain_rollout(showo, prompt, T):
     codes = torch.full((1, N), K, device=device)
     stay_masked, temps = mask_schedule(N, T).tolist(), temperatures(T)
     for t in range(T):
-        kept.append(plain_image_logits(showo, codes, prompt).clone())
+        kept.append(image_part(showo, plain_logits(showo, codes, prompt)).clone())
         probs, masked = kept[-1].softmax(-1), codes == K
         drawn = torch.multinomial(probs.view(N, K), 1, generator=generator).view(1, N)
         sampled = torch.where(masked, drawn, codes)
@@ -195,28 +202,12 @@ def plain_update(showo, prompt, traj, t, kind):
 
 def timed(run, device):
     """Return the seconds that run() takes."""
-    def sync():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     sync()
     start = time.perf_counter()
     run()
     sync()
     return time.perf_counter() - start
-
-
-def medians(seconds):
-    """Return the medians of {name: values}."""
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def median_ms(runs, repeat, device):
-    """Time {name: function}, in turn, so many times -> their medians in milliseconds."""
-    seconds = {name: [] for name in runs}
-    for _ in range(repeat):
-        for name, run in runs.items():
-            seconds[name].append(timed(run, device))
-    return {name: 1000 * s for name, s in medians(seconds).items()}
 
 
 def flops(showo, tokens, context, wanted):
@@ -233,12 +224,10 @@ def flops(showo, tokens, context, wanted):
     return first + last
 
 
-def matmul_rate(device, side=None, seconds=1.0):
-    """Return the FLOP/s of a large product, bf16 on a GPU, fp32 on a CPU: the best of several.
-
-    side: of its square matrices, None = 8192 on a GPU, 2048 on a CPU."""
+def matmul_rate(device, size, seconds=1.0):
+    """Return the FLOP/s of a large product, bf16 on a GPU, fp32 on a CPU: the best of several."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    n = side or n
+    n = 512 if size == "shapes" else n
     a = torch.randn(n, n, device=device, dtype=dtype)
     best, end = 0, time.perf_counter() + seconds
     while time.perf_counter() < end or not best:
@@ -262,24 +251,20 @@ def in_own_process(function, *args):
 
 # ---------------------------------------------------------------------------------- sub-commands
 
-def peak_of_update(who, size, device, G, T, kind):
+def peak_of_update(who, size, device, kind):
     """Return the bytes held at the peak of an update, weights and gradients included."""
     device = torch.device(device)
-    showo, default_T, default_G = random_showo(size, device)
-    T, G = T or default_T, G or default_G
+    showo, T, G = random_showo(size, device)
     prompt, traj = random_prompt(showo), random_trajectory(showo, G, T)
-    for p in (plain_phi(showo) if who == "plain" else showo).parameters():
-        p.grad = torch.zeros_like(p)
+    zero_gradients(plain_phi(showo) if who == "plain" else showo)
     update = plain_update if who == "plain" else our_update
     update(showo, prompt, traj, T // 2, kind)
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else high_water()
 
 
 def bench_memory(args):
-    """Measure the peak memory of an update: of one here, of both in processes of their own."""
-    how = args.size, args.device, args.group, args.unmask_steps, args.transition
-    if args.who:
-        return {"update_peak_gb": {args.who: peak_of_update(args.who, *how) / 1e9}}
+    """Measure the peak memory of an update, of plain and ours, in processes of their own."""
+    how = args.size, args.device, args.transition
     peaks = {who: in_own_process(peak_of_update, who, *how) / 1e9 for who in ("plain", "ours")}
     return {"update_peak_gb": peaks, "update_memory_ratio": peaks["ours"] / peaks["plain"]}
 
@@ -296,7 +281,8 @@ def check_equal(showo, prompt, traj, t, kind):
 
 def same_codes(showo, prompt, traj, T):
     """Return the share of codes that plain's logits give under our sampler and the same noise."""
-    policy = partial(plain_image_logits, showo, prompt=prompt)
+    def policy(codes):
+        return image_part(showo, plain_logits(showo, codes, prompt))
     with torch.no_grad():
         alone = rollout(policy, 1, showo.N, showo.K, T, generator=generators(showo.device, [0]))
     return (traj.codes[0] == alone.codes[0]).float().mean().item()
@@ -320,8 +306,7 @@ def bench_speed(args):
     """Time rollouts and updates of plain and ours, interleaved -> ratios of their medians."""
     device = torch.device(args.device)
     showo, T, G = random_showo(args.size, device)
-    T, G, kind = args.unmask_steps or T, args.group or G, args.transition
-    mid, prompt = T // 2, random_prompt(showo)
+    kind, mid, prompt = args.transition, T // 2, random_prompt(showo)
     traj = our_rollout(showo, prompt, G, T)
     difference = check_equal(showo, prompt, traj, mid, kind)
     runs = {
@@ -332,121 +317,26 @@ def bench_speed(args):
     }
     seconds, rate = {name: [] for name in runs}, 0
     for _ in range(args.repeat):
-        rate = max(rate, matmul_rate(device, 512 if args.size == "shapes" else None))
+        rate = max(rate, matmul_rate(device, args.size))
         for name, run in runs.items():
             seconds[name].append(timed(run, device))
 
-    s = medians(seconds)
+    s = {name: statistics.median(values) for name, values in seconds.items()}
     s["rollout_ours"] /= G                      # per image
     s["update_ours"] /= args.steps              # per trajectory step of a group
     flop = needed_flops(showo, traj, G, T, mid, args.steps, kind)
-    rollout_s = {who: s[f"rollout_{who}"] for who in ("plain", "ours")}
-    update_s = {who: s[f"update_{who}"] for who in ("plain", "ours")}
+    name = f"CPU, {torch.get_num_threads()} threads"
     return {
-        "size": args.size, "device": name_of(device), "torch": torch.__version__,
+        "size": args.size, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else name,
         "T": T, "G": G, "transition": kind, "repeat": args.repeat,
         "log_prob_relative_difference": difference,
         "same_codes_as_plain": same_codes(showo, prompt, traj, T),
-        "rollout_ratio": rollout_s["plain"] / rollout_s["ours"],
-        "update_ratio": update_s["plain"] / update_s["ours"],
-        "images_per_s": {who: 1 / value for who, value in rollout_s.items()},
-        "trajectory_steps_per_s": {who: 1 / value for who, value in update_s.items()},
-        "tokens_per_s": {who: showo.N / value for who, value in rollout_s.items()},
+        **{f"{part}_ratio": s[f"{part}_plain"] / s[f"{part}_ours"] for part in flop},
         "matmul_tflops": rate / 1e12,
-        "share_of_matmul_rate": {k: flop[k] / s[f"{k}_ours"] / rate for k in flop},
-        "floor_s": {k: flop[k] / rate for k in flop},
-        "seconds": s, "all_seconds": seconds,
-        **bench_memory(args),
+        "share_of_matmul_rate": {part: flop[part] / s[f"{part}_ours"] / rate for part in flop},
+        "seconds": s, **bench_memory(args),
     }
-
-
-def name_of(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def image_columns_only(showo, codes, prompt):
-    """Do plain's pass with the image positions and image columns of the head alone."""
-    head = plain_phi(showo).lm_head
-    columns = slice(showo.code_offset, showo.code_offset + showo.K)
-    weight, bias = head.weight[columns].detach(), head.bias[columns].detach()
-    head.forward = lambda x: F.linear(x[:, -showo.N - 1:-1], weight, bias)
-    plain_logits(showo, codes, prompt)
-    del head.forward
-
-
-def bench_ladder(args):
-    """Time one pass for a group in the middle of a rollout, an idea more at every rung.
-
-    Forward, and forward and backward for p2: medians, milliseconds.
-    """
-    device = torch.device(args.device)
-    showo, T, G = random_showo(args.size, device)
-    prompt, traj, mid = random_prompt(showo), random_trajectory(showo, G, T), T // 2
-    group, codes = prompt.repeat(G), traj.state(mid)
-    masked, new = traj.positions(mid, "p1"), traj.positions(mid, "p2")
-
-    def one_at_a_time():
-        for i in range(G):
-            plain_image_logits(showo, codes[i:i + 1], prompt)
-
-    def backward(text, at):
-        logits = showo.logits(codes, text, positions=at)
-        logits.log_softmax(-1)[..., 0].mean().backward()
-
-    with torch.no_grad():
-        ready = showo.prefill(group)
-        forward = median_ms({
-            "plain: an image at a time": one_at_a_time,
-            "a group in one batch": lambda: plain_image_logits(showo, codes, group),
-            "only the image columns of the head": lambda: image_columns_only(showo, codes, group),
-            "the text once": lambda: showo.logits(codes, ready),
-            "head and last block at masked positions only":
-                lambda: showo.logits(codes, ready, positions=masked),
-        }, args.repeat, device)
-    with showo.shared_text(group) as text:
-        both = median_ms({
-            "plain, a group in one batch": lambda: plain_update(showo, prompt, traj, mid, "p2"),
-            "the text once, image columns only": lambda: backward(text, None),
-            "head and last block at new positions only": lambda: backward(text, new),
-        }, args.repeat, device)
-    return {
-        "size": args.size, "device": args.device, "threads": torch.get_num_threads(),
-        "masked": masked.shape[1], "new": new.shape[1],
-        "forward_ms": forward, "forward_and_backward_ms": both,
-    }
-
-
-def seconds_of(showo, P, G, T):
-    """Return the seconds of P groups' rollouts, and of their updates over all T iterations."""
-    prompt, trajs = random_prompt(showo), []
-
-    def rollouts():
-        trajs.extend(our_rollout(showo, prompt, G, T) for _ in range(P))
-
-    def updates():
-        for traj in trajs:
-            our_update(showo, prompt, traj, 0, "p2", T)
-    return {"rollout": timed(rollouts, showo.device), "update": timed(updates, showo.device)}
-
-
-def bench_curve(args):
-    """Time a rollout and an update over all iterations, as G, T and the number of prompts grow."""
-    showo, T0, G0 = random_showo(args.size, torch.device(args.device))
-    points = [(1, G, T0) for G in (2, 6, 12, 24)]
-    points += [(1, G0, T) for T in (10, 20, 50)]
-    points += [(P, G0, 10) for P in (1, 2, 4)]
-    rows = []
-    for P, G, T in points:
-        runs = [seconds_of(showo, P, G, T) for _ in range(args.repeat)]
-        row = {"prompts": P, "G": G, "T": T}
-        for part in ("rollout", "update"):
-            row[part] = statistics.median(run[part] for run in runs)
-        for part in ("rollout", "update"):
-            row[f"{part}_per_image_and_iteration"] = row[part] / (P * G * T)
-        rows.append(row)
-    return {"size": args.size, "device": args.device, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------ load
@@ -487,8 +377,7 @@ def peak_of_load(folder, dtype):
 
 def peak_of_decode(size):
     """Return the bytes resident at most while six pictures are decoded, beyond the weights."""
-    magvit = load_magvit("shapes/magvitv2") if size == "shapes" else MAGVITv2()
-    magvit.requires_grad_(False)
+    magvit = random_magvit(size).requires_grad_(False)
     n_codes = len(magvit.quantize.embedding)
     before = high_water()
     magvit.decode(torch.randint(n_codes, (6, SIZES[size][3])))
@@ -512,8 +401,7 @@ def bench_load(args):
     return out | {"decode_gb": decode / 1e9}
 
 
-COMMANDS = {"speed": bench_speed, "ladder": bench_ladder, "curve": bench_curve,
-            "load": bench_load, "memory": bench_memory}
+COMMANDS = {"speed": bench_speed, "load": bench_load, "memory": bench_memory}
 
 
 def main():
@@ -522,18 +410,15 @@ def main():
     p.add_argument("what", nargs="?", default="speed", choices=list(COMMANDS))
     p.add_argument("--size", choices=list(SIZES), help="default: small; of load: showo-512")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--group", type=int, help="G (default: that of the size)")
-    p.add_argument("--unmask-steps", type=int, help="T (default: that of the size)")
     p.add_argument("--transition", choices=["p1", "p2"], default="p2")
     p.add_argument("--steps", type=int, default=4,
                    help="iterations in one timed update of ours; they share the text")
     p.add_argument("--repeat", type=int, default=5)
-    p.add_argument("--who", choices=["plain", "ours"], help="of memory; default: both")
     p.add_argument("--json", type=Path, help="also write the numbers there")
     args = p.parse_args()
     args.size = args.size or ("showo-512" if args.what == "load" else "small")
     numbers = COMMANDS[args.what](args)
-    print(json.dumps({k: v for k, v in numbers.items() if k != "all_seconds"}, indent=2))
+    print(json.dumps(numbers, indent=2))
     if args.json:
         write_json(args.json, numbers)
 

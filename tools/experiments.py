@@ -4,6 +4,7 @@
     python tools/experiments.py report            # README.md and a plot of each, into --folder
     python tools/experiments.py look              # the two factors of Eq. 14, by iteration
     python tools/experiments.py ceiling           # what the base can draw at all: best of 64
+    python tools/experiments.py curves --folder results     # the README's three seeds, a plot
 
 An experiment compares arms; an arm is DEFAULT with some flags of train.py exchanged, run once per
 seed. The reward is the tiny CLIP unless an arm says otherwise; the score is GenEval's, of 63
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from speed import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -65,32 +67,21 @@ COLUMNS = {
 FIRST = dict(ratio="mean", prompts_per_step=16, lr="7e-4")      # the README's first command
 LONG = FIRST | dict(steps=200, eval_every=25)
 SLOW, BOTH = dict(lr="2e-4"), dict(reward="clip:shapes/clip,geneval:exact")
-AR_LR = "4e-4"
-
-
-def kl(beta):
-    """Return the flags of a KL."""
-    return dict(no_kl=False, kl_beta=beta)
-
-
-def half(which):
-    """Return the flags of a loss on half of the iterations."""
-    return dict(loss_steps=6, loss_steps_from=which)
-
-
+KL = {beta: dict(no_kl=False, kl_beta=beta) for beta in (0.01, 0.05, 0.2)}
+HALF = {which: dict(loss_steps=6, loss_steps_from=which) for which in ("first", "last")}
 EXPERIMENTS = {
     "transition": {
         "p2": {}, "p2, ratio mean": dict(ratio="mean"),
         "p1": dict(transition="p1"), "p1, ratio mean": dict(transition="p1", ratio="mean"),
-        "p1, KL 0.01": dict(transition="p1") | kl(0.01),
-        "ar": dict(transition="ar", lr=AR_LR)},
-    "kl": {"none": {}, "beta 0.01": kl(0.01), "beta 0.2": kl(0.2)},
+        "p1, KL 0.01": dict(transition="p1") | KL[0.01],
+        "ar": dict(transition="ar", lr="4e-4")},
+    "kl": {"none": {}, "beta 0.01": KL[0.01], "beta 0.2": KL[0.2]},
     "filter": {"off": dict(filter_low=False), "on": {}},
-    "reduction": {"all 12": {}, "first 6": half("first"), "last 6": half("last"),
+    "reduction": {"all 12": {}, "first 6": HALF["first"], "last 6": HALF["last"],
                   "T 6": dict(unmask_steps=6)},
     "reward": {"clip": {}, "geneval:exact": dict(reward="geneval:exact"),
                "both": BOTH},
-    "long": {"no KL": LONG, "KL 0.05": LONG | kl(0.05), "lr 2e-4": LONG | SLOW,
+    "long": {"no KL": LONG, "KL 0.05": LONG | KL[0.05], "lr 2e-4": LONG | SLOW,
              "lr 2e-4, both": LONG | SLOW | BOTH},
 }
 
@@ -111,9 +102,7 @@ def seeds_of(name):
 
 def runs_in(folder):
     """Return {(flags, seed): row} of the runs that are there."""
-    path = folder / "rows.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(row["flags"], row["seed"]): row for row in map(json.loads, lines)}
+    return {(row["flags"], row["seed"]): row for row in read_rows(folder / "rows.jsonl")}
 
 
 # ------------------------------------------------------------------------------------------- run
@@ -198,19 +187,18 @@ def lead(rows, first):
 
 
 def table(columns, arms):
-    """Return the lines of a Markdown table of arms {label: rows of its seeds}."""
-    header = ["arm", "overall", "lead over the first", *(key.replace("_", " ") for key in columns),
-              "seeds"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    """Return a Markdown table of arms {label: rows of its seeds}."""
+    lines = [["arm", "overall", "lead over the first", *(key.replace("_", " ") for key in columns),
+              "seeds"]]
     first = next(iter(arms.values()))
     for label, rows in arms.items():
         mean, width = interval(last_scores(rows))
-        cells, ahead = [label, f"{mean:.3f} ± {width:.3f}"], lead(rows, first)
-        cells.append("-" if rows is first or not ahead else f"{ahead[0]:+.3f} ± {ahead[1]:.3f}")
-        for key in columns:
-            cells.append(f"{statistics.fmean((row | row['eval'][-1])[key] for row in rows):.3g}")
-        lines.append("| " + " | ".join([*cells, str(len(rows))]) + " |")
-    return lines
+        ahead = None if rows is first else lead(rows, first)
+        means = [statistics.fmean((row | row["eval"][-1])[key] for row in rows) for key in columns]
+        lines.append([label, f"{mean:.3f} ± {width:.3f}",
+                      f"{ahead[0]:+.3f} ± {ahead[1]:.3f}" if ahead else "-",
+                      *(f"{value:.3g}" for value in means), len(rows)])
+    return markdown(lines)
 
 
 def plot(arms, path):
@@ -242,14 +230,13 @@ def found_arms(name, there):
 
 
 def ceiling_table(found):
-    """Return the lines of a Markdown table of what ceiling() wrote."""
-    header = ["family", *(f"{what}{rule}" for rule in ("", ", exact")
-                          for what in ("share right", "best of 64", "worst prompt"))]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    """Return a Markdown table of what ceiling() wrote."""
+    rows = [["family", *(f"{what}{rule}" for rule in ("", ", exact")
+                         for what in ("share right", "best of 64", "worst prompt"))]]
     for tag, row in found.items():
-        cells = (f"{row[rule][key]:.3f}" for rule in ("official", "exact") for key in row[rule])
-        lines.append(f"| {tag.replace('_', ' ')} | {' | '.join(cells)} |")
-    return lines
+        values = [value for rule in ("official", "exact") for value in row[rule].values()]
+        rows.append([tag.replace("_", " "), *(f"{value:.3f}" for value in values)])
+    return markdown(rows)
 
 
 def plot_ceiling(found, path):
@@ -284,50 +271,46 @@ def plot_curves(arms, path):
 
 
 def best_table(arms):
-    """Return the lines of a table of the best and the last evaluation of each run."""
-    lines = ["| run | seed | best | last | entropy, first and last |", "|---|---|---|---|---|"]
+    """Return a Markdown table of the best and the last evaluation of each run."""
+    lines = [["run", "seed", "best", "last", "entropy, first and last"]]
     for label, rows in arms.items():
         for row in rows:
             scored, entropy = row["eval"], [e["entropy"] for e in row["eval"] if "entropy" in e]
             best = max(scored, key=lambda e: e["overall"])
             ends = [f"{e['overall']:.3f} (step {e['step']})" for e in (best, scored[-1])]
-            lines.append(f"| {label} | {row['seed']} | {' | '.join(ends)} | "
-                         f"{entropy[0]:.2f}, {entropy[-1]:.2f} |")
-    return lines
+            lines.append([label, row["seed"], *ends, f"{entropy[0]:.2f}, {entropy[-1]:.2f}"])
+    return markdown(lines)
 
 
 def look_table(rows):
-    """Return the lines of a Markdown table of what look() wrote."""
+    """Return a Markdown table of what look() wrote."""
     header = ["iteration", "objects", "re-masked positions", "log, newly unmasked",
               "log, re-masked", "gradient, newly unmasked", "gradient, re-masked"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(f"{value:.3g}" for value in row.values()) + " |")
-    return lines
+    return markdown([header, *([f"{value:.3g}" for value in row.values()] for row in rows)])
 
 
 def report(args):
     """Put tables and plots into notes.md where it says [table NAME] -> folder/README.md."""
-    there, look_file = runs_in(args.folder), args.folder / "p1.json"
-    blocks = {name: ["no numbers yet"] for name in ("look", "ceiling", "best")}
-    if look_file.exists():
-        blocks["look"] = look_table(json.loads(look_file.read_text()))
-    if (args.folder / "ceiling.json").exists():
-        found = json.loads((args.folder / "ceiling.json").read_text())
-        plot_ceiling(found, args.folder / "ceiling.png")
-        blocks["ceiling"] = [*ceiling_table(found), "", "![ceiling](ceiling.png)"]
+    there, folder = runs_in(args.folder), args.folder
+    blocks = dict.fromkeys(("look", "ceiling", "best"), "no numbers yet")
+    if (folder / "p1.json").exists():
+        blocks["look"] = look_table(json.loads((folder / "p1.json").read_text()))
+    if (folder / "ceiling.json").exists():
+        found = json.loads((folder / "ceiling.json").read_text())
+        plot_ceiling(found, folder / "ceiling.png")
+        blocks["ceiling"] = ceiling_table(found) + "\n\n![ceiling](ceiling.png)"
     for name, columns in COLUMNS.items():
         arms = found_arms(name, there)
-        blocks[name] = ["no runs yet"]
+        blocks[name] = "no runs yet"
         if arms:
-            (plot_curves if name == "long" else plot)(arms, args.folder / f"{name}.png")
-            blocks[name] = [*table(columns, arms), "", f"![{name}]({name}.png)"]
+            (plot_curves if name == "long" else plot)(arms, folder / f"{name}.png")
+            blocks[name] = f"{table(columns, arms)}\n\n![{name}]({name}.png)"
     if arms := found_arms("long", there):
         blocks["best"] = best_table(arms)
     text = (ROOT / "results/experiments/notes.md").read_text()
-    for name, lines in blocks.items():
-        text = text.replace(f"[table {name}]\n", "\n".join(lines) + "\n")
-    (args.folder / "README.md").write_text(text)
+    for name, block in blocks.items():
+        text = text.replace(f"[table {name}]", block)
+    (folder / "README.md").write_text(text)
 
 
 # ------------------------------------------------------------------------------------------ look
@@ -397,12 +380,34 @@ def ceiling(args, n=64):
                                 "best": round(right.amax(1).mean().item(), 4),
                                 "least": round(right.mean(1).amin().item(), 4)}
     (args.folder / "ceiling.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(ceiling_table(found)))
+    print(ceiling_table(found))
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+def curves(args):
+    """Draw the held-out scores of the README's first command, --seed SEED, whose eval.jsonl are
+    results/shapes-p2-seedSEED.jsonl, and that of the base -> folder/curves.png."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    for path in sorted((ROOT / "results").glob("shapes-p2-seed*.jsonl")):
+        rows, seed = read_rows(path), path.stem.removeprefix("shapes-p2-seed")
+        steps, base = [row["step"] for row in rows], rows[0]["overall"]
+        axes.plot(steps, [row["overall"] for row in rows], marker="o", label=f"seed {seed}")
+    axes.axhline(base, color="gray", linestyle="--", linewidth=1, zorder=1)
+    axes.annotate(f"base {base:.3f}", (steps[-1], base), (0, 4), textcoords="offset points",
+                  ha="right", color="gray")
+    axes.set(xlabel="optimizer steps", ylabel="GenEval score, held-out prompts", xticks=steps,
+             ylim=(0.45, 0.95))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    figure.savefig(args.folder / "curves.png", dpi=120)
 
 
 def main():
+    commands = {"run": run, "report": report, "look": look, "ceiling": ceiling, "curves": curves}
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("what", choices=["run", "report", "look", "ceiling"])
+    p.add_argument("what", choices=list(commands))
     p.add_argument("names", nargs="*", metavar="NAME",
                    help=f"to run: {', '.join(EXPERIMENTS)} (default: all)")
     p.add_argument("--folder", type=Path, default=Path("runs/experiments"),
@@ -419,7 +424,7 @@ def main():
     if args.names and args.what != "run":
         p.error(f"{args.what} takes no NAME")
     args.folder.mkdir(parents=True, exist_ok=True)
-    {"run": run, "report": report, "look": look, "ceiling": ceiling}[args.what](args)
+    commands[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Count the GPU memory of training Show-o 512, without a GPU and without weights.
 
-    python tools/memory.py        # minutes; with --size tiny seconds
+    python tools/memory.py        # minutes; with --size shapes seconds
 
 train.py's own code runs on tensors that have shapes but no values (FakeTensorMode), and the bytes
 of all live storages are added up. Not seen: what kernels use inside, the allocator's gaps, CUDA's
@@ -19,19 +19,18 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bench  # noqa: E402
+from speed import markdown  # noqa: E402
+
 from checkpoint import write_json  # noqa: E402
 from grpo import clipped_objective  # noqa: E402
-from model import SPECIALS, MAGVITv2, Prompt, Showo  # noqa: E402
+from model import Prompt, Showo  # noqa: E402
 from sample import Trajectory, mask_schedule, rollout, transition_log_prob  # noqa: E402
 from train import Tally, kl_to_reference  # noqa: E402
 
-# Phi's sizes, then Show-o's: text vocabulary, K, N, and T and G; MAGVIT's sizes; the reward's bytes
-# (fp16; the parameters of open_clip.create_model("ViT-H-14", device="meta"), added up once); and
-# the micro-batches of the table
-SIZES = {
-    "showo-512": ({}, 50295, 8192, 1024, 50, 6, None, 2 * 986_109_441, (6, 3, 1)),
-    "tiny": (dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2), 35, 64, 16, 2, 6,
-             dict(ch=32, ch_mult=[1], num_res_blocks=[1], z_channels=6), 0, (6,))}
+# the reward's bytes (fp16; the parameters of open_clip.create_model("ViT-H-14", device="meta")),
+# the micro-batches of the table, and the number of layers
+SIZES = {"showo-512": (2 * 986_109_441, (6, 3, 1), 24), "shapes": (0, (6,), 2)}
 TEXT, PROCESSES, RANK = 25, 8, 16   # tokens of the prompt; processes of --zero; of --lora
 
 
@@ -106,15 +105,15 @@ def update(showo, reference, prompt, n_masked, kind):
             tally.add((logp - logp).detach(), kl.detach(), logits[:, :n_moved[t]], (0.9, 1.2))
 
 
-def policy_and_reference(config, phi, rank):
+def policy_and_reference(size, rank):
     """Return what train.load_policy makes: rank 0 trains all weights, another one adapters."""
-    showo = Showo(config, phi, None).eval()
+    showo, _, _ = bench.random_showo(size, "cpu", num_hidden_layers=SIZES[size][2])
     if rank:
         showo.add_lora(rank)
         reference = showo
     else:
-        reference = Showo(config, phi, None).eval().requires_grad_(False)
-        reference.compute_in(torch.bfloat16)
+        reference, _, _ = bench.random_showo(size, "cpu", num_hidden_layers=SIZES[size][2])
+        reference.requires_grad_(False).compute_in(torch.bfloat16)
     showo.compute_in(torch.bfloat16)
     return showo, reference
 
@@ -137,20 +136,18 @@ def what_stays(showo, reference, prompt, n_masked) -> dict:
 def measure(size) -> dict:
     """Return the bytes of what stays and of what phases hold beyond, without and with LoRA, and a
     row for each setting."""
-    phi, n_text, K, N, T, G, vq, n_reward, micro_batches = SIZES[size]
+    (_, _, _, N, T, G), (n_reward, micro_batches, _) = bench.SIZES[size], SIZES[size]
     n_masked, found = [N, *mask_schedule(N, T).tolist()], {"bytes": {}, "GB": []}
-    config = {"vocab_size": n_text + len(SPECIALS) + K + 1, "llm_vocab_size": n_text,
-              "codebook_size": K, "num_vq_tokens": N}
     Memory.answers[torch.long] = N
     with FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory:
-        magvit = MAGVITv2(vq and {"encoder": vq, "decoder": vq}).eval().requires_grad_(False)
+        magvit = bench.random_magvit(size).requires_grad_(False)
         others = {"MAGVIT-v2": sum(x.nbytes for x in magvit.state_dict().values()),
                   "reward": n_reward}
         decode = memory.peak_of(magvit.decode, torch.zeros(1, N, dtype=torch.long))
         ids = torch.zeros(1, TEXT, dtype=torch.long)
         prompt = Prompt(ids, ids[0, :1])
         for rank in (0, RANK):
-            showo, reference = policy_and_reference(config, phi, rank)
+            showo, reference = policy_and_reference(size, rank)
             fixed = what_stays(showo, reference, prompt, n_masked) | others
             # before any gradients; train.py rolls out whole groups if micro-batches are small
             early = {"rollout": memory.peak_of(roll_out, showo, prompt.repeat(G)), "decode": decode}
@@ -185,16 +182,15 @@ def main():
     sizes = "; ".join(
         f"{how}: " + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in sizes.items())
         for how, sizes in found["bytes"].items())
-    lines = [f"`python tools/memory.py {' '.join(sys.argv[1:])}`", "",
-             "Peak memory of training in GB (1e9), counted without a GPU; with --zero on each of "
-             f"{PROCESSES} processes. {found['parameters']:,} parameters. {sizes}.", "",
-             f"| {' | '.join(found['GB'][0])} |", "|---" * 8 + "|"]
-    for row in found["GB"]:
-        cells = [f"{x:.1f}" if isinstance(x, float) else str(x) for x in row.values()]
-        lines.append(f"| {' | '.join(cells)} |")
-    print("\n".join(lines))
+    rows = [found["GB"][0], *([f"{x:.1f}" if isinstance(x, float) else x for x in row.values()]
+                              for row in found["GB"])]
+    text = (f"`python tools/memory.py {' '.join(sys.argv[1:])}`\n\n"
+            "Peak memory of training in GB (1e9), counted without a GPU; with --zero on each of "
+            f"{PROCESSES} processes. {found['parameters']:,} parameters. {sizes}.\n\n"
+            f"{markdown(rows)}\n")
+    print(text, end="")
     if args.md:
-        args.md.write_text("\n".join(lines) + "\n")
+        args.md.write_text(text)
     if args.json:
         write_json(args.json, found)
 

@@ -9,8 +9,6 @@ import argparse
 import json
 from pathlib import Path
 
-from gpu_check import table as findings
-
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -25,14 +23,22 @@ def markdown(rows) -> str:
     return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows])
 
 
-def has_run() -> bool:
-    """Return whether gpu_check.py has left its findings."""
-    return (RESULTS / "gpu.json").exists()
+def shown(value) -> str:
+    """Return a number, bool or text as a table shows it."""
+    return str(value) if isinstance(value, bool | str) else f"{value:.4g}"
+
+
+def findings(found) -> str:
+    """Return what gpu_check.py found as Markdown, a table for each part."""
+    return "\n\n".join(
+        markdown([[part, ""], *([name.replace("_", " "), shown(value)]
+                                for name, value in figures.items())])
+        for part, figures in found.items())
 
 
 def gpu() -> str:
     """Return the table of GPUs, of gpu.json if it is there."""
-    if has_run():
+    if (RESULTS / "gpu.json").exists():
         return findings(read("gpu.json"))
     earlier = read("gpu-earlier.json")
     rows = [[name, *row] for name, row in earlier["rows"].items()]

@@ -207,24 +207,13 @@ def look(n, clip_name, ckpt) -> dict:
 
 
 def show(numbers):
-    """Print the numbers of look() as tables."""
-    for part in ("base", "clip"):
-        print(f"\n{part:<14}" + "".join(f"{tag:>15}" for tag in ("mean", *shapes.FAMILIES)))
-        for name, row in numbers[part].items():
-            cells = ("-" if value is None else f"{value:.3f}" for value in row.values())
-            print(f"{name:<14}" + "".join(f"{cell:>15}" for cell in cells))
-    print("\nrelations             asked       opposite")
-    for tag, row in numbers["relations"].items():
-        print(f"{tag:<14}{row['asked']:>13.3f}{row['opposite']:>15.3f}")
-    print("\ncounts        " + "".join(f"{shown:8}" for shown in range(1, 7)))
-    for asked, scores in numbers["counts"].items():
-        print(f"{asked:<14}" + "".join(f"{score:8.1f}" for score in scores))
-    order = numbers["order"]
-    print("\norder         " + "".join(f"{t:6}" for t in range(len(order["tokens"]))))
-    for name in ("tokens", "objects", "entropy"):
-        print(f"{name:<14}" + "".join(f"{value:6.2f}" for value in order[name]))
-    print(f"in the first half of the iterations: {order['tokens_in_first_half']:.2f} of all tokens,"
-          f" {order['objects_in_first_half']:.2f} of all objects")
+    """Print the numbers of look(), a line for each row of each part."""
+    for part, rows in numbers.items():
+        for name, row in rows.items():
+            row = dict(enumerate(row)) if isinstance(row, list) else row
+            row = row if isinstance(row, dict) else {"": row}
+            cells = (f"{key} {'-' if x is None else f'{x:.3f}'}" for key, x in row.items())
+            print(f"{part:<10} {name}:", ", ".join(cells))
 
 
 def main():
