@@ -81,7 +81,8 @@ def plain_phi(showo):
     own."""
     from transformers import PhiConfig, PhiForCausalLM
     with torch.device("meta"):
-        config = PhiConfig.from_dict({**showo.phi})
+        config = PhiConfig.from_dict(       # as Show-o has them, whatever its file says
+            {**showo.phi, "qk_layernorm": True, "tie_word_embeddings": False})
         phi = PhiForCausalLM._from_config(config, attn_implementation="sdpa")
     phi.load_state_dict(showo.showo.state_dict(), assign=True)
     rotary = phi.model.rotary_emb           # its buffers are computed, not loaded

@@ -394,7 +394,7 @@ def curves(args):
         rows, seed = read_rows(path), path.stem.removeprefix("shapes-p2-seed")
         steps, base = [row["step"] for row in rows], rows[0]["overall"]
         axes.plot(steps, [row["overall"] for row in rows], marker="o", label=f"seed {seed}")
-    axes.axhline(base, color="gray", linestyle="--", linewidth=1, zorder=1)
+    axes.axhline(base, color="gray", linestyle="--", linewidth=1, zorder=1.9)
     axes.annotate(f"base {base:.3f}", (steps[-1], base), (0, 4), textcoords="offset points",
                   ha="right", color="gray")
     axes.set(xlabel="optimizer steps", ylabel="GenEval score, held-out prompts", xticks=steps,
