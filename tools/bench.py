@@ -28,7 +28,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import write_json  # noqa: E402
 from model import SPECIALS, MAGVITv2, Prompt, Showo, load_showo  # noqa: E402
 from sample import (  # noqa: E402
     Trajectory,
@@ -38,6 +37,7 @@ from sample import (  # noqa: E402
     temperatures,
     transition_log_prob,
 )
+from support.weights import library, write_json  # noqa: E402
 
 # Phi's sizes, then Show-o's: text vocabulary, K, N, and T and G of the run they stand for; "shapes"
 # is the smallest, for all tools
@@ -79,11 +79,12 @@ def random_magvit(size):
 def plain_phi(showo):
     """Return transformers' PhiForCausalLM with the very weights of a Showo, and gradients of its
     own."""
-    from transformers import PhiConfig, PhiForCausalLM
+    transformers = library("transformers")
     with torch.device("meta"):
-        config = PhiConfig.from_dict(       # as Show-o has them, whatever its file says
+        # as Show-o has them, whatever its file says
+        config = transformers.PhiConfig.from_dict(
             {**showo.phi, "qk_layernorm": True, "tie_word_embeddings": False})
-        phi = PhiForCausalLM._from_config(config, attn_implementation="sdpa")
+        phi = transformers.PhiForCausalLM._from_config(config, attn_implementation="sdpa")
     phi.load_state_dict(showo.showo.state_dict(), assign=True)
     rotary = phi.model.rotary_emb           # its buffers are computed, not loaded
     phi.model.rotary_emb = type(rotary)(config).to(showo.device)

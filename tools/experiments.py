@@ -33,8 +33,8 @@ from speed import markdown
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import shapes  # noqa: E402
-from checkpoint import read_rows  # noqa: E402
+from shapes import world  # noqa: E402
+from support.run import read_rows  # noqa: E402
 
 DEFAULT = dict(
     model="shapes", reward="clip:shapes/clip",
@@ -51,7 +51,7 @@ STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 
 
 # beside the overall score; all but those of MEANS are of the last evaluation
 EXACT, CLIP = "geneval:exact", "clip:shapes/clip"
-FAMILIES = tuple(shapes.FAMILIES)
+FAMILIES = tuple(world.FAMILIES)
 COLUMNS = {
     "transition": (EXACT, CLIP, "grad_norm"),
     "kl": (EXACT, CLIP, "kl_ref"),
@@ -335,11 +335,11 @@ def look(args, B=96):
     from sample import rollout, transition_log_prob
     T = DEFAULT["unmask_steps"]
     showo, _ = load_models("shapes")
-    prompt = showo.encode([line["prompt"] for line in shapes.prompts("train", B)])
+    prompt = showo.encode([line["prompt"] for line in world.prompts("train", B)])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         traj = rollout(showo.policy(prompt), B, showo.N, showo.K, T, generator=generator)
-    shows_object = traj.codes < len(shapes.LABELS)
+    shows_object = traj.codes < len(world.LABELS)
     signs = torch.randint(2, (B,), generator=generator) * 2.0 - 1
     rows = []
     for t in range(T):
@@ -364,14 +364,14 @@ def ceiling(args, n=64):
     """Draw n pictures of each held-out prompt with the base -> folder/ceiling.json: by family, the
     share of right pictures, of prompts of which at least one picture is right, and the share of
     right pictures of the worst prompt."""
-    from eval_geneval import verdicts
     from model import load_models
     from sample import generate
-    lines, found = shapes.prompts("eval"), {}
+    from support.geneval import verdicts
+    lines, found = world.prompts("eval"), {}
     showo, magvit = load_models("shapes")
     images = generate(showo, magvit, [line["prompt"] for line in lines], n=n, guidance=0.0,
                       T=DEFAULT["unmask_steps"], batch=256)
-    judged = verdicts([line for line in lines for _ in range(n)], shapes.detect(images))
+    judged = verdicts([line for line in lines for _ in range(n)], world.detect(images))
     for tag in FAMILIES:
         mine, found[tag] = [i for i, line in enumerate(lines) if line["tag"] == tag], {}
         for rule in ("official", "exact"):

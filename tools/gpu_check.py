@@ -30,11 +30,10 @@ import bench  # noqa: E402
 import rehearsal  # noqa: E402
 from speed import shown  # noqa: E402
 
-import checkpoint  # noqa: E402
-import common  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
 from sample import Trajectory, transition_log_prob  # noqa: E402
+from support import processes, run, weights  # noqa: E402
 
 # by the size in bench.py: open_clip's name of the reward; T of whole steps, and of the rest
 SIZES = {"showo-512": ("ViT-H-14", 50, 8), "shapes": ("rehearsed", 4, 2)}
@@ -54,7 +53,7 @@ class Findings:
         for name, value in figures.items():
             print(f"{part:<10} {name:<58} {shown(value)}", flush=True)
         if self.path:
-            checkpoint.write_json(self.path, self.found)
+            weights.write_json(self.path, self.found)
 
 
 def forget_graphs():
@@ -153,9 +152,8 @@ def speed(size, T, device, compiled, rate, found):
 
 def write_models(size, folder, device):
     """Write random models in the hub's layouts: folder/showo, folder/magvit, folder/weights.pt."""
-    import open_clip
     showo, _, _ = bench.random_showo(size, device)
-    showo.tokenizer = model.AutoTokenizer.from_pretrained(ROOT / "shapes")
+    showo.tokenizer = weights.library("transformers").AutoTokenizer.from_pretrained(ROOT / "shapes")
     showo.config["_class_name"] = "Showo"
     showo.save(folder / "showo")
     with torch.device(device):
@@ -163,14 +161,15 @@ def write_models(size, folder, device):
         if size == "shapes":
             rehearsal.save_tiny_clip(folder)
         else:
-            torch.save(open_clip.create_model(SIZES[size][0]).state_dict(), folder / "weights.pt")
+            clip = weights.library("open_clip").create_model(SIZES[size][0])
+            torch.save(clip.state_dict(), folder / "weights.pt")
 
 
 def training(size, folder, compiled, found):
     """Whole steps; a resume; a KL; two epochs on the same rollouts under Eq. 14."""
     clip, T, short = SIZES[size]
 
-    def run(name, T, steps, *flags):
+    def training_run(name, T, steps, *flags):
         """Run train.py's main -> the rows of its metrics.jsonl."""
         free()                          # the models of the run before
         flags = ["--model", folder / "showo", "--vq", folder / "magvit", "--device", "cuda",
@@ -180,14 +179,14 @@ def training(size, folder, compiled, found):
                  "--unmask-steps", T, "--steps", steps, *flags]
         with mock.patch.object(sys, "argv", ["train.py", *map(str, flags)]):
             train.main()
-        return checkpoint.read_rows(folder / name / "metrics.jsonl")
+        return run.read_rows(folder / name / "metrics.jsonl")
 
     def peak(name, row):
         found.add("peak GB", **{name: row["peak_gib"] * 2 ** 30 / 1e9})
 
-    save = checkpoint.save
-    with mock.patch.object(checkpoint, "save"):     # what is not resumed is not saved
-        first, row = run("step", T, 2, "--no-kl")
+    save = run.save
+    with mock.patch.object(run, "save"):     # what is not resumed is not saved
+        first, row = training_run("step", T, 2, "--no-kl")
         parts = {name: row[f"s_{name}"] for name in ("rollout", "reward", "update")}
         found.add("a step of 2 x 6", **parts, all=sum(parts.values()),
                   first=sum(first[f"s_{name}"] for name in parts))
@@ -198,13 +197,13 @@ def training(size, folder, compiled, found):
             "the ratio is 1 on the first pass":
                 first["ratio_mean"] == first["ratio_max"] == row["ratio_max"] == 1})
 
-        first, last = run("kl", short, 2, "--kl")
+        first, last = training_run("kl", short, 2, "--kl")
         found.add("holds", **{"the KL is 0 at step 0": first["kl_ref"] == 0,
                               "the KL leaves 0": last["kl_ref"] > 0})
         peak("--kl", last)
         forget_graphs()
-        row, = run("epochs", short, 1, "--no-kl", "--inner-epochs", 2, "--grad-checkpoint",
-                   "--transition", "p1")
+        row, = training_run("epochs", short, 1, "--no-kl", "--inner-epochs", 2,
+                            "--grad-checkpoint", "--transition", "p1")
         found.add("holds", **{"two epochs of Eq. 14 move the ratio":
                               bool(row["taken"]) and row["ratio_max"] != 1})
         peak("p1 --no-kl --grad-checkpoint", row)
@@ -214,8 +213,8 @@ def training(size, folder, compiled, found):
         if step == 1:
             save(out, step, *rest)
     how = "resumed", short, 2, "--no-kl", "--save-every", 1
-    with mock.patch.object(checkpoint, "save", save_first):
-        rows, again = run(*how), run(*how, "--resume")
+    with mock.patch.object(run, "save", save_first):
+        rows, again = training_run(*how), training_run(*how, "--resume")
     found.add("holds", **{"a resumed run takes the step that it took before": (
         len(again) == 2 and again[0] == rows[0]
         and abs(again[1]["reward_mean"] - rows[1]["reward_mean"]) < 0.5 * rows[1]["reward_std"]
@@ -233,7 +232,7 @@ def main():
         raise SystemExit("gpu_check.py: there is no CUDA device; tools/pretend_gpu.py runs it on a "
                          "CPU")
     start, found, T = time.perf_counter(), Findings(args.json), SIZES[args.size][1]
-    _, _, device = common.setup("cuda")
+    _, _, device = processes.setup("cuda")
     rate = bench.matmul_rate(device, args.size)
     found.add("card", name=torch.cuda.get_device_name(), torch=torch.__version__,
               date=time.strftime("%Y-%m-%d"), matmul_tflops=rate / 1e12)
@@ -250,4 +249,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main)

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench  # noqa: E402
 from speed import markdown  # noqa: E402
 
-from checkpoint import write_json  # noqa: E402
 from grpo import clipped_objective  # noqa: E402
 from model import Prompt, Showo  # noqa: E402
 from sample import Trajectory, mask_schedule, rollout, transition_log_prob  # noqa: E402
+from support.weights import write_json  # noqa: E402
 from train import Tally, kl_to_reference  # noqa: E402
 
 # the reward's bytes (fp16; the parameters of open_clip.create_model("ViT-H-14", device="meta")),
@@ -97,7 +97,7 @@ def update(showo, reference, prompt, n_masked, kind):
             positions = traj.positions(t, kind)
             logits = showo.logits(traj.state(t), text, positions=positions)
             logp = transition_log_prob(logits, traj.at(positions), t, kind)
-            objective = clipped_objective(logp, logp.detach(), adv)
+            objective = clipped_objective(logp - logp.detach(), adv)
             if reference:
                 kl = kl_to_reference(logits, logp, traj, t, reference, text_ref, args)
                 objective = objective - 0.01 * kl

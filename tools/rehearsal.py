@@ -31,10 +31,10 @@ DATA = ROOT / "tests/data"
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402
-import eval_geneval  # noqa: E402
-import model  # noqa: E402, F401  (it mends a torchvision for open_clip)
 import reward  # noqa: E402
+from support import geneval, pictures, processes  # noqa: E402
+from support.prompts import read_prompts  # noqa: E402
+from support.weights import library  # noqa: E402
 
 CLIP = reward.CLIP_DEFAULT
 SMALL = {
@@ -43,6 +43,7 @@ SMALL = {
     "sample.py": "--steps 2",
     "eval_geneval.py": "--images-per-prompt 1 --steps 2 --prompts eval.jsonl",
     "reward.py": "",
+    "prompts/make_geneval.py": "--n 20",
     "fidelity": "--cpu --feature-extractor-weights-path inception.pth --feature-layer-fid 64"}
 REWARDS = ("imagereward", "hpsv2:50", "pickscore", "geneval:partial", "clip:1,geneval:1")
 
@@ -51,16 +52,17 @@ REWARDS = ("imagereward", "hpsv2:50", "pickscore", "geneval:partial", "clip:1,ge
 
 def save_tiny_mask2former(folder):
     """Write a tiny Mask2Former of random weights for the 80 classes, sure of some objects."""
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+    transformers = library("transformers")
     torch.manual_seed(0)
-    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
-                      window_size=4, out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = Mask2FormerConfig(
+    swin = transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = transformers.Mask2FormerConfig(
         backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
         encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
         dim_feedforward=32, num_queries=6, num_labels=80)
-    config.id2label = dict(enumerate(eval_geneval.CLASSES))
-    detector = Mask2FormerForUniversalSegmentation(config)
+    config.id2label = dict(enumerate(geneval.CLASSES))
+    detector = transformers.Mask2FormerForUniversalSegmentation(config)
     detector.class_predictor.weight.data *= 60
     detector.save_pretrained(folder)
 
@@ -68,7 +70,7 @@ def save_tiny_mask2former(folder):
 def save_tiny_clip(folder):
     """Write a tiny open_clip model of random weights: its folder, and its sizes alone (sizes.json)
     and weights alone (weights.pt)."""
-    import open_clip
+    open_clip = library("open_clip")
     sizes = json.loads((DATA / "clip_tiny/config.json").read_text())["open_clip"]
     sizes["text_cfg"]["vocab_size"] = 49408
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,10 +86,10 @@ def save_tiny_clip(folder):
 
 def tiny_clip_model(**text):
     """Return transformers' CLIPModel of the fixture's sizes, the text's changed by text."""
-    from transformers import CLIPConfig, CLIPModel
+    transformers = library("transformers")
     config = json.loads((DATA / "clip_tiny/config.json").read_text())["transformers"]
     config["text_config"] |= text
-    return CLIPModel(CLIPConfig(**config)).eval()
+    return transformers.CLIPModel(transformers.CLIPConfig(**config)).eval()
 
 
 def tiny_imagereward_sizes():
@@ -104,7 +106,7 @@ def tiny_imagereward_sizes():
 
 def make_hub(home):
     """Write every model of the README's commands into HOME/hub, as huggingface_hub lays it out."""
-    from transformers import BertTokenizer
+    BertTokenizer = library("transformers").BertTokenizer
 
     def repository(name):
         folder = home / "hub" / f"models--{name.replace('/', '--')}"
@@ -119,7 +121,7 @@ def make_hub(home):
         shutil.copytree(DATA / source, repository(name), dirs_exist_ok=True)
     clip = repository(CLIP)
     save_tiny_clip(clip)
-    save_tiny_mask2former(repository(eval_geneval.DETECTOR))
+    save_tiny_mask2former(repository(geneval.DETECTOR))
     (clip / "weights.pt").rename(repository("xswu/HPSv2") / reward.HPS_FILES["v2.0"])
     pickscore = tiny_clip_model(vocab_size=49408, max_position_embeddings=77, eos_token_id=49407)
     pickscore.save_pretrained(repository(reward.PICKSCORE_DEFAULT))
@@ -132,7 +134,7 @@ def make_hub(home):
 
 def make_work(work):
     """Write the files that the README's commands name, and a few GenEval prompts."""
-    lines = [json.dumps(example) + "\n" for example in eval_geneval.geneval_prompts()[::180]]
+    lines = [json.dumps(example) + "\n" for example in read_prompts("prompts/geneval.jsonl")[::180]]
     (work / "eval.jsonl").write_text("".join(lines))
     (work / "coco.txt").write_text("a cat\ntwo dogs in the snow\n")
     (work / "train.json").write_text(json.dumps([{"caption": "a cat"}, {"caption": "a fox"}]))
@@ -141,7 +143,7 @@ def make_work(work):
     (work / "val2014").mkdir()
     for i in range(2):                      # of two sizes, as in MS-COCO
         noise = torch.randint(0, 256, (3, 40 + 10 * i, 30), dtype=torch.uint8)
-        common.to_pil(noise).save(work / f"val2014/{i}.png")
+        pictures.to_pil(noise).save(work / f"val2014/{i}.png")
 
 
 def save_random_inception(path):
@@ -162,8 +164,8 @@ def rehearsing(home):
     blip = reward.ImageReward
     changes = [
         (constants, "HF_HUB_CACHE", str(home / "hub")), (constants, "HF_HUB_OFFLINE", True),
-        (reward, "HPS_ARCHITECTURE", "rehearsed"), (eval_geneval, "COLOUR_CLIP", CLIP),
-        (eval_geneval, "THRESHOLD", 0.05), (eval_geneval.Detector, "SHORT_SIDE", 64),
+        (reward, "HPS_ARCHITECTURE", "rehearsed"), (geneval, "COLOUR_CLIP", CLIP),
+        (geneval, "THRESHOLD", 0.05), (geneval.Detector, "SHORT_SIDE", 64),
         (blip, "VISION", blip.VISION | vision), (blip, "TEXT", blip.TEXT | text)]
     with contextlib.ExitStack() as stack:
         for where, name, value in changes:
@@ -199,12 +201,10 @@ def shrink(words, out):
     """Return a command with small numbers, its new results in the folder out."""
     script, *flags = words
     flags = [flag.replace("checkpoint-625", "checkpoint-2") for flag in flags]
-    if common.world() == 1:
+    if processes.world() == 1:
         flags = [flag for flag in flags if flag != "--zero"]
     if "--gpu" in flags:
         del flags[flags.index("--gpu"):flags.index("--gpu") + 2]
-    if "--write-prompts" in flags:
-        return [script, *flags, "--n", "20"]
     more = SMALL[script].split()
     if script == "train.py":
         more += ["--out", str(out)]
@@ -224,7 +224,7 @@ def run(words):
             from torch_fidelity.fidelity import main
             main()
         else:
-            importlib.import_module(words[0].removesuffix(".py")).main()
+            importlib.import_module(words[0].removesuffix(".py").replace("/", ".")).main()
 
 
 def rehearse(n=None):
@@ -232,24 +232,25 @@ def rehearse(n=None):
     once more from their first step.
 
     Yields the words of each command and the folder of its run, whenever one has ended."""
-    first = common.rank() == 0
+    first = processes.rank() == 0
     n_readme = len(readme_commands())
     for number, words in enumerate(commands()[:n]):
         out = Path("runs") / ("NAME" if number == 0 else f"run-{number}")
         words = shrink(words, out)
         if first:
             print(f"\n$ {shlex.join(words)}", flush=True)
-        if first or words[0] not in ("fidelity", "reward.py"):      # these know one process
+        # the others know one process
+        if first or words[0] in ("train.py", "sample.py", "eval_geneval.py"):
             run(words)
         yield words, out
         if words[0] == "train.py" and number < n_readme:
-            common.barrier()
+            processes.barrier()
             if first:
                 shutil.rmtree(out / "checkpoint-2")
-            common.barrier()
+            processes.barrier()
             run([*words, "--resume"])
             yield [*words, "--resume"], out
-        common.barrier()
+        processes.barrier()
 
 
 def main():
@@ -262,21 +263,21 @@ def main():
     if args.hub:
         make_hub(Path(args.hub))
         return
-    place = rank, _, _ = common.setup(args.device)
-    folder = common.all_lists([tempfile.mkdtemp(prefix="rehearsal-")] if rank == 0 else [])[0]
+    place = rank, _, _ = processes.setup(args.device)
+    folder = processes.all_lists([tempfile.mkdtemp(prefix="rehearsal-")] if rank == 0 else [])[0]
     folder = Path(folder)
     if rank == 0:
         make_hub(folder)
         make_work(folder)
-    common.barrier()
+    processes.barrier()
     if rank > 0:
-        import open_clip
+        open_clip = library("open_clip")
         open_clip.add_model_config(next((folder / "hub").rglob("rehearsed.json")))
     os.chdir(folder)
-    with rehearsing(folder), mock.patch.object(common, "setup", lambda device: place):
+    with rehearsing(folder), mock.patch.object(processes, "setup", lambda device: place):
         n = sum(1 for _ in rehearse(args.first))
     print(f"process {rank}: {n} runs, all of them ended well, in {folder}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main)

@@ -25,15 +25,14 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
+sys.path.insert(0, str(ROOT))
 
-from pretrain import render  # noqa: E402
-
-import shapes  # noqa: E402
-from eval_geneval import verdicts  # noqa: E402
 from model import load_models, to_uint8  # noqa: E402
 from reward import make_reward  # noqa: E402
 from sample import rollout  # noqa: E402
+from shapes import world  # noqa: E402
+from shapes.pretrain import render  # noqa: E402
+from support.geneval import verdicts  # noqa: E402
 from train import PRESETS  # noqa: E402
 
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -64,7 +63,7 @@ def entropies(traj, policy) -> list[float]:
 def by_family(values, lines) -> dict:
     """Return the mean of values Float (B,) over each family, and the mean of these."""
     means = {}
-    for tag in shapes.FAMILIES:
+    for tag in world.FAMILIES:
         mine = torch.tensor([line["tag"] == tag for line in lines])
         means[tag] = values[mine].mean().item()
     return {"mean": sum(means.values()) / len(means), **means}
@@ -73,7 +72,7 @@ def by_family(values, lines) -> dict:
 def order_of(traj) -> dict:
     """Return the shares of all tokens and of all objects that each iteration placed, and that the
     first half of the iterations placed."""
-    T, is_object = traj.threshold.shape[1], traj.codes < len(shapes.LABELS)
+    T, is_object = traj.threshold.shape[1], traj.codes < len(world.LABELS)
     out = {}
     for name, order in (("tokens", traj.order.flatten()), ("objects", traj.order[is_object])):
         shares = torch.bincount(order, minlength=T) / len(order)
@@ -89,9 +88,9 @@ def relations(showo, magvit, n, T) -> dict:
     what was asked, and the opposite."""
     rng, out = random.Random(0), {}
     for tag in ("position", "color_attr"):
-        lines = [line for line in shapes.prompts("train") if line["tag"] == tag][:32]
+        lines = [line for line in world.prompts("train") if line["tag"] == tag][:32]
         traj, _ = draw(showo, lines, n, T)
-        found = shapes.detect(to_uint8(magvit.decode(traj.codes)))
+        found = world.detect(to_uint8(magvit.decode(traj.codes)))
         asked = [line for line in lines for _ in range(n)]
         opposite = [nearly(line, rng) for line in asked]
         out[tag] = {"asked": verdicts(asked, found)["official"].mean().item(),
@@ -107,11 +106,11 @@ def nearly(line, rng) -> dict:
     first, last = other["include"][0], other["include"][-1]
     if line["tag"] in ("single_object", "two_object"):
         named = {clause["class"] for clause in line["include"]}
-        last["class"] = rng.choice([name for name in shapes.CLASSES if name not in named])
+        last["class"] = rng.choice([name for name in world.CLASSES if name not in named])
     elif line["tag"] == "counting":
         last["count"] += rng.choice((-1, 1))
     elif line["tag"] == "colors":
-        last["color"] = rng.choice([name for name in shapes.COLOURS if name != last["color"]])
+        last["color"] = rng.choice([name for name in world.COLOURS if name != last["color"]])
     elif line["tag"] == "position":
         last["position"] = [INVERSE[last["position"][0]], 0]
     else:
@@ -123,7 +122,7 @@ def with_more(line, rng) -> dict:
     """Return the metadata of a picture that shows one object more, of a class that is not named."""
     other = copy.deepcopy(line)
     named = {clause["class"] for clause in line["include"]}
-    more = rng.choice([name for name in shapes.CLASSES if name not in named])
+    more = rng.choice([name for name in world.CLASSES if name not in named])
     other["include"].insert(len(other["include"]) - 1, {"class": more, "count": 1})
     return other
 
@@ -135,7 +134,7 @@ def wrong_pictures(lines, change, rng):
     for line in lines:
         while True:
             picture, _ = render(change(line, rng), rng)
-            if not verdicts([line], shapes.detect(picture[None]))["exact"].item():
+            if not verdicts([line], world.detect(picture[None]))["exact"].item():
                 break
         pictures.append(picture)
     return torch.stack(pictures)
@@ -156,7 +155,7 @@ def ranked_drawn(clip, lines, pictures, right) -> dict:
     texts = [line["prompt"] for line in lines]
     n = len(pictures) // len(lines)
     scores = clip(pictures, [text for text in texts for _ in range(n)]).view(-1, n)
-    right, pairs = right.view(-1, n).bool(), {tag: [] for tag in shapes.FAMILIES}
+    right, pairs = right.view(-1, n).bool(), {tag: [] for tag in world.FAMILIES}
     for line, score, ok in zip(lines, scores, right, strict=True):
         over = score[ok][:, None] > score[~ok]
         pairs[line["tag"]] += over.float().flatten().tolist()
@@ -169,8 +168,8 @@ def counts(clip, n) -> dict:
     """Return the mean score of the CLIP by the number of objects that is asked for, and that is
     shown, 1 to 6: {asked: [Float]}; n pictures of each held-out prompt."""
     rng, out = random.Random(0), {}
-    for asked in shapes.NUMBERS:
-        lines = [line for line in shapes.prompts("eval") if line["include"][0]["count"] == asked]
+    for asked in world.NUMBERS:
+        lines = [line for line in world.prompts("eval") if line["include"][0]["count"] == asked]
         texts, out[asked] = [line["prompt"] for line in lines for _ in range(n)], []
         for shown in range(1, 7):
             metadata = [{"include": [line["include"][0] | {"count": shown}]} for line in lines]
@@ -183,14 +182,14 @@ def look(n, clip_name, ckpt) -> dict:
     """Return all numbers; see the top."""
     showo, magvit = load_models("shapes", ckpt=ckpt)
     clip, rng = make_reward(f"clip:{clip_name}"), random.Random(0)
-    lines, T = shapes.prompts("eval"), PRESETS["shapes"]["unmask_steps"]
+    lines, T = world.prompts("eval"), PRESETS["shapes"]["unmask_steps"]
     traj, policy = draw(showo, lines, n, T)
     pictures = to_uint8(magvit.decode(traj.codes))
     asked = [line for line in lines for _ in range(n)]
-    found = verdicts(asked, shapes.detect(pictures))
+    found = verdicts(asked, world.detect(pictures))
 
     def another(line, rng):
-        return rng.choice(rng.choice(shapes.combinations(line["tag"])))
+        return rng.choice(rng.choice(world.combinations(line["tag"])))
     right = torch.stack([render(line, rng)[0] for line in asked])
     return {
         "base": {name: by_family(values, asked) for name, values in found.items()},
