@@ -27,17 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from support.weights import (
-    TOKENIZER,
-    fetch,
-    image_tokenizer,
-    library,
-    load_strict,
-    mend_tokenizer,
-    read_json,
-    read_weights,
-    write_model,
-)
+from support import weights as disk
+from support.weights import fetch, library, load_strict, read_json, read_weights
 
 SPECIALS = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>",
             "<|v2v|>", "<|lvg|>")
@@ -349,8 +340,8 @@ class Showo(nn.Module):
     def save(self, folder):
         """Write Show-o's layout, with the tokenizer's files and phi_config.json."""
         self.tokenizer.save_pretrained(folder)
-        mend_tokenizer(folder)
-        write_model(folder, "pytorch_model", self.merged_state(), config=self.config,
+        disk.mend_tokenizer(folder)
+        disk.write_model(folder, "pytorch_model", self.merged_state(), config=self.config,
                          phi_config={"model_type": "phi", **self.phi})
 
     def trainable(self) -> dict:
@@ -425,7 +416,7 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
     config = read_json(folder / "config.json") | {"w_clip_vit": False}
     phi = read_json(folder / "phi_config.json")         # {} with the released weights
     own_tokenizer = folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"
-    folder = fetch(tokenizer or own_tokenizer, *TOKENIZER)
+    folder = fetch(tokenizer or own_tokenizer, *disk.TOKENIZER)
     text = library("transformers").AutoTokenizer.from_pretrained(folder)
     if len(text) > config["llm_vocab_size"]:
         raise ValueError(f"{folder}: the tokenizer has more entries than the model")
@@ -442,7 +433,7 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtyp
 
     model: as for load_showo, or "shapes", the tiny base; ckpt: weights in place of the model's.
     compiled: None = on a GPU."""
-    vq = vq or image_tokenizer(model)
+    vq = vq or disk.image_tokenizer(model)
     showo = load_showo(ckpt or model, tokenizer=tokenizer, device=device, dtype=dtype,
                        like=model if ckpt else None)
     showo.compiled = showo.device.type == "cuda" if compiled is None else compiled
@@ -580,7 +571,7 @@ class MAGVITv2(nn.Module):
 
     def save(self, folder):
         """Write config.json and model.safetensors."""
-        write_model(folder, "model", self.state_dict(), config=self.config)
+        disk.write_model(folder, "model", self.state_dict(), config=self.config)
 
 
 def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:

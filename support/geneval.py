@@ -12,6 +12,7 @@ it). strict_score and exact_score are not part of GenEval: they make its rules t
 """
 import functools
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,15 +28,7 @@ COLOUR_CLIP = "ViT-L-14-quickgelu/openai"
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, OVERLAP = 0.3, 0.9, 16, 0.1
 RELATIONS = ["left of", "right of", "above", "below"]
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
-CLASSES = (  # entry i is the detector's class i
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
-    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
-    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
-    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,"
-    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,"
-    "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,"
-    "hair drier,toothbrush").split(",")
+CLASSES = Path(__file__).with_name("coco.txt").read_text().splitlines()     # as the detector's
 _resize = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 
 

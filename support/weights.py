@@ -42,10 +42,10 @@ def library(name):
 
 
 def local(path) -> Path:
-    """Return a path; one of this project's own folders is found from any working folder."""
-    path = Path(path)
-    own = path.parts[:1] in (("shapes",), ("prompts",)) and (ROOT / path).exists()
-    return ROOT / path if own and (path.parts[0] == "shapes" or not path.exists()) else path
+    """Return a path; shapes/ is always this project's, prompts/ where there is no other such file,
+    from any working folder."""
+    room, path = Path(path).parts[:1], Path(path)
+    return ROOT / path if room == ("shapes",) or room == ("prompts",) and not path.exists() else path
 
 
 def fetch(path_or_hub_id, *files) -> Path:
