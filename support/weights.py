@@ -45,7 +45,8 @@ def local(path) -> Path:
     """Return a path; shapes/ is always this project's, prompts/ where there is no other such file,
     from any working folder."""
     room, path = Path(path).parts[:1], Path(path)
-    return ROOT / path if room == ("shapes",) or room == ("prompts",) and not path.exists() else path
+    own = room == ("shapes",) or room == ("prompts",) and not path.exists()
+    return ROOT / path if own else path
 
 
 def fetch(path_or_hub_id, *files) -> Path:

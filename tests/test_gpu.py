@@ -15,18 +15,19 @@ from pathlib import Path
 import pytest
 import rehearsal
 import torch
-from conftest import ROOT, metrics, serving
+from helpers import ROOT, metrics, serving
 from safetensors.torch import load_file
 from test_reward import Judge
 
-import common
 import eval_geneval
 import reward
 import sample
-import shapes
 import train
 from model import PHI_1_5, load_magvit, load_showo
+from prompts import make_geneval
 from sample import Trajectory, transition_log_prob
+from shapes import world
+from support import processes
 
 # of fewer pictures, or with a reward of 0 or 1, all advantages can be 0
 FLAGS = ("--model shapes --reward geneval:partial --filter-low --steps 2 --prompts-per-step 3 "
@@ -291,7 +292,7 @@ def scores():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     prompts = ["a cat", "a photo of a dog", ""]
-    examples, found = eval_geneval.geneval_prompts()[::180][:3], {}
+    examples, found = make_geneval.geneval_prompts()[::180][:3], {}
     with serving(Judge) as server:
         server.seen, server.answers = [], []
         for spec in ("clip", "hpsv2", "pickscore", "imagereward", "geneval:partial",
@@ -314,17 +315,17 @@ def call(main, *command):
 def few_prompts(out):
     """Write a ninth of the held-out prompts; return the flag that takes them."""
     path = out / "few.jsonl"
-    if common.rank() == 0:
-        path.write_text("".join(json.dumps(x) + "\n" for x in shapes.prompts("eval")[::9]))
-    common.barrier()
+    if processes.rank() == 0:
+        path.write_text("".join(json.dumps(x) + "\n" for x in world.prompts("eval")[::9]))
+    processes.barrier()
     return ["--eval-prompts", path]
 
 
 def drop_last(run, other):
     """Copy a run without its second checkpoint."""
-    if common.rank() == 0:
+    if processes.rank() == 0:
         shutil.copytree(run, other, ignore=lambda *_: ["checkpoint-2"])
-    common.barrier()
+    processes.barrier()
     return other
 
 
@@ -369,8 +370,8 @@ def main_of_one(out):
 
 def main_of_two(out):
     """Go through what two processes do."""
-    place = common.setup()
-    common.setup = lambda device: place
+    place = processes.setup()
+    processes.setup = lambda device: place
     flags = ["train.py", *FLAGS, "--prompts-per-step", 2, "--no-kl"]
     call(train.main, *flags, "--out", out / "plain")
     call(train.main, *flags, "--out", out / "zero", "--zero")

@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, call, equal, metrics, read_json, read_lines, refused, run, trainer, weights
+from helpers import (
+    ROOT,
+    call,
+    equal,
+    metrics,
+    read_json,
+    read_lines,
+    refused,
+    run,
+    trainer,
+    weights,
+)
 from PIL import Image
 
 import eval_geneval
@@ -52,7 +63,8 @@ def test_a_folder_takes_no_other_pictures_for_its_own(trained, monkeypatch, caps
     run(eval_geneval, *GENEVAL, "--out", "out")
     facts = read_json(Path("out/summary.json").resolve())["drawn"]
     assert facts["weights"].startswith("shapes (") and facts["prompts"].startswith("3 prompts (")
-    assert [facts[name] for name in ("n", "T", "guidance", "temperature", "seed")] == [1, 2, 0, 1, 0]
+    assert [facts[name] for name in ("n", "T", "guidance", "temperature", "seed")] == [
+        1, 2, 0, 1, 0]
     before = files_of("out")
     monkeypatch.setattr(sample, "drawer", lambda *_: pytest.fail("models were loaded"))
     for flags, message in (

@@ -1,29 +1,26 @@
 """model.py against numbers made by Show-o's own code (tests/data/README.md), and its transformer
 against transformers' Phi."""
 import json
-import os
-import shutil
-import subprocess
-import sys
 
-import huggingface_hub
 import pytest
 import torch
 from bench import plain_phi
-from conftest import DATA, ROOT, read_json
+from helpers import (
+    CHECKPOINT,
+    DATA,
+    ROOT,
+    TOKENIZER,
+    copy_configs,
+    equal,
+    gradient,
+    read_json,
+    weights,
+)
 from safetensors.torch import load_file, save_file
 
 import model
-from checkpoint import fetch, read_weights
 from model import MAGVITv2, Showo, describe, load_magvit, load_models, load_showo, to_uint8
-
-TOKENIZER = DATA / "prompting/tokenizer"
-CHECKPOINT = DATA / "showo/checkpoint"
-
-
-@pytest.fixture(scope="module")
-def showo():
-    return load_showo(CHECKPOINT, tokenizer=TOKENIZER)
+from support import weights as disk
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +32,6 @@ def some_codes(showo, B):
     """Return states: codes Long[B, N], some of them masked."""
     g = torch.Generator().manual_seed(0)
     return torch.randint(showo.K + 1, (B, showo.N), generator=g)
-
-
-def gradient(showo):
-    """Return all gradients as one vector, and delete them."""
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in showo.parameters()]
-    showo.zero_grad()
-    return torch.cat([part.flatten() for part in parts])
 
 
 # ------------------------------------------------------------------------------ prompts
@@ -328,73 +318,37 @@ def test_frozen_projections_in_half_precision_change_no_logit(showo):
         assert (saved[name] - weight).norm() <= 4e-3 * weight.norm()
 
 
-# ------------------------------------------------------------------------------ layouts
-
-def copy_configs(folder):
-    folder.mkdir(exist_ok=True)
-    for name in ("config.json", "phi_config.json"):
-        shutil.copy(CHECKPOINT / name, folder)
-
-
-def write_layouts(state, folder):
-    """Write a state_dict in every layout that is read; return their paths."""
-    torch.save(dict(state), folder / "mycheckpoint.pth")
-    torch.save({"epoch": 3, "state_dict": dict(state)}, folder / "nested.pth")
-    torch.save(dict(state), folder / "old.pth", _use_new_zipfile_serialization=False)
-
-    copy_configs(folder / "bin")
-    torch.save(dict(state), folder / "bin/pytorch_model.bin")
-
-    copy_configs(folder / "sharded")
-    names = sorted(state)
-    shards = {"model-0.safetensors": names[:20], "model-1.safetensors": names[20:]}
-    for file, part in shards.items():
-        save_file({name: state[name] for name in part}, folder / "sharded" / file)
-    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
-    (folder / "sharded/model.safetensors.index.json").write_text(json.dumps(index))
-    return [folder / name for name in ("mycheckpoint.pth", "bin", "sharded", "nested.pth",
-                                       "old.pth")]
+def test_a_policy_with_adapters_off_is_the_base():
+    showo, plain = load_showo("shapes"), load_showo("shapes")
+    showo.add_lora(2)
+    assert set(showo.trainable()) == {name for name, _ in showo.named_parameters()
+                                      if name.endswith(("lora_A", "lora_B"))}
+    for name, p in showo.trainable().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    codes = torch.full((2, showo.N), showo.K)
+    prompt = showo.encode(["a photo of a moon", "a photo of two stars"])
+    with torch.no_grad():
+        on, base = (model.logits(codes, prompt) for model in (showo, plain))
+        with showo.frozen_base():
+            off = showo.logits(codes, prompt)
+        merged = load_showo("shapes")
+        merged.load_state_dict(showo.merged_state())
+        torch.testing.assert_close(merged.logits(codes, prompt), on, atol=1e-4, rtol=1e-4)
+    assert torch.equal(off, base) and not torch.allclose(on, base, atol=1e-2)
 
 
-def test_every_layout_loads_the_same(showo, tmp_path):
-    state = showo.state_dict()
-    copy_configs(tmp_path)              # beside the bare files
-    for path in write_layouts(state, tmp_path):
-        other = load_showo(path, tokenizer=TOKENIZER)
-        assert all(torch.equal(other.state_dict()[name], w) for name, w in state.items())
-        assert (other.K, other.code_offset) == (showo.K, showo.code_offset)
-        assert other.text_vocab == showo.text_vocab
-
-
-def test_a_bare_file_takes_the_config_of_the_model_it_belongs_to(showo, tmp_path):
-    mine = tmp_path / "mine.safetensors"
-    shutil.copy(CHECKPOINT / "pytorch_model.safetensors", mine)
-    assert load_showo(mine, tokenizer=TOKENIZER, like=CHECKPOINT).config == showo.config
-
+# ------------------------------------------------------------------------------ saved and loaded
 
 def test_save_writes_what_show_o_wrote(showo, tmp_path):
     showo.save(tmp_path)
-    ours, theirs = (load_file(folder / "pytorch_model.safetensors")
-                    for folder in (tmp_path, CHECKPOINT))
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert torch.equal(ours[name], weight) and ours[name].dtype == weight.dtype
+    ours, theirs = (weights(folder) for folder in (tmp_path, CHECKPOINT))
+    assert equal(ours, theirs) and all(ours[name].dtype == theirs[name].dtype for name in ours)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written == read_json("showo/checkpoint/config.json")
     # who may read the one may read the other
     config, model = (tmp_path / name for name in ("config.json", "pytorch_model.safetensors"))
     assert config.stat().st_mode == model.stat().st_mode
-
-
-def test_saving_over_the_file_that_is_mapped(tmp_path):
-    copy_configs(tmp_path)
-    shutil.copy(CHECKPOINT / "pytorch_model.safetensors", tmp_path)
-    model = load_showo(tmp_path, tokenizer=TOKENIZER)
-    model.save(tmp_path)
-    model.save(tmp_path)
-    before, after = (load_file(folder / "pytorch_model.safetensors")
-                     for folder in (CHECKPOINT, tmp_path))
-    assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
 def test_save_and_load_again(showo, tmp_path):
@@ -404,6 +358,13 @@ def test_save_and_load_again(showo, tmp_path):
     with torch.no_grad():
         first, second = (m.logits(codes, m.encode(["a red cat"])) for m in (showo, again))
     assert torch.equal(first, second)
+
+
+def test_the_tokenizer_s_files_are_such_as_transformers_4_reads(tmp_path, base):
+    base[0].save(tmp_path)
+    for folder in (ROOT / "shapes", tmp_path):
+        kind = disk.read_json(folder / "tokenizer_config.json")["tokenizer_class"]
+        assert kind == "PreTrainedTokenizerFast"
 
 
 def test_a_codebook_need_not_be_a_power_of_two(showo, tmp_path):
@@ -464,65 +425,6 @@ def test_full_size_modules_have_the_official_names_and_shapes():
         assert shapes == official
 
 
-# ------------------------------------------------------------------------------ the hub
-
-IN_A_PROCESS_OF_ITS_OWN = """
-from model import load_showo
-for name in ("somebody/tiny", "somebody/tiny@" + "b" * 40):
-    print(load_showo(name).showo.lm_head.bias.double().mean().item())
-for name in ("somebody/half", "somebody/absent", "somebody/absent@v2"):
-    try:
-        load_showo(name)
-    except SystemExit as error:
-        print(error)
-"""
-
-
-def test_hub_cache_and_revisions_without_network(showo, tmp_path):
-    """A cache as huggingface_hub lays it out, with two commits; offline."""
-    repo, half = tmp_path / "models--somebody--tiny", tmp_path / "models--somebody--half"
-    for folder, commit in ((repo, "a" * 40), (half, "c" * 40)):
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs/main").write_text(commit)
-    (half / "snapshots" / ("c" * 40)).mkdir(parents=True)
-    for commit, shift in (("a" * 40, 0), ("b" * 40, 1)):
-        snapshot = repo / "snapshots" / commit
-        shutil.copytree(CHECKPOINT, snapshot)
-        shutil.copytree(TOKENIZER, snapshot, dirs_exist_ok=True)
-        state = {name: weight + shift for name, weight in showo.state_dict().items()}
-        save_file(state, snapshot / "pytorch_model.safetensors")
-
-    done = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stderr
-    main, at_revision, *refusals = done.stdout.splitlines()
-    bias = showo.showo.lm_head.bias.double().mean().item()
-    assert float(main) == pytest.approx(bias) and float(at_revision) == pytest.approx(bias + 1)
-
-    commands = ("somebody/half", "somebody/absent", "somebody/absent --revision v2")
-    for said, command in zip(refusals, commands, strict=True):
-        name = command.split()[0]
-        assert said.endswith(f"hf download {name}") or "somebody--half" in said
-        assert "no weights there" in said or f"{command.replace(' --revision ', '@')}: no " in said
-
-
-@pytest.mark.parametrize("there, taken", [
-    (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
-    (["pytorch_model.bin.index.json", "pytorch_model-1.bin"],
-     ["pytorch_model-1.bin", "pytorch_model.bin.index.json"])])
-def test_of_weights_in_two_formats_one_is_fetched(monkeypatch, tmp_path, there, taken):
-    def snapshot(name, *, allow_patterns, ignore_patterns, **_):
-        for file in huggingface_hub.utils.filter_repo_objects(
-                ["config.json", *there], allow_patterns=allow_patterns,
-                ignore_patterns=ignore_patterns):
-            (tmp_path / file).touch()
-        return str(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    fetch("somebody/tiny")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", *taken]
-
-
 # ------------------------------------------------------------------------------ MAGVIT-v2
 
 def test_magvit():
@@ -551,42 +453,4 @@ def test_magvit_is_saved_and_loaded_again(tmp_path):
     model = load_magvit(DATA / "magvit")
     model.save(tmp_path)
     again = load_magvit(tmp_path)
-    assert again.config == model.config
-    for name, weight in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight)
-
-
-# ------------------------------------------------------------------------------ refusals
-
-@pytest.mark.parametrize("damage", [
-    lambda s: s.pop("showo.lm_head.bias"), lambda s: s.update({"extra.weight": torch.zeros(1)}),
-    lambda s: s.update({"showo.lm_head.bias": torch.zeros(3)})])
-def test_wrong_weights_are_named(showo, tmp_path, damage):
-    state = dict(showo.state_dict())
-    damage(state)
-    copy_configs(tmp_path)
-    save_file(state, tmp_path / "pytorch_model.safetensors")
-    with pytest.raises(SystemExit, match=f"^{tmp_path}: 1 weights do not fit Showo, such as "
-                       "(showo.lm_head.bias|extra.weight); is it the right checkpoint"):
-        load_showo(tmp_path, tokenizer=TOKENIZER)
-
-
-class Trap:
-    """Unpickling it would leave a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_pickled_code_is_not_run_and_what_is_absent_is_said(tmp_path):
-    torch.save({"weight": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
-    with pytest.raises(Exception, match="(?i)weights.only"):
-        read_weights(tmp_path / "evil.pth")
-    assert not (tmp_path / "sprung").exists()
-    (tmp_path / "empty").mkdir()
-    for name, said in (("empty", "no weights there"), ("absent.pth", "no such file of weights")):
-        with pytest.raises(SystemExit, match=f"{name}: .*{said}"):
-            read_weights(tmp_path / name)
+    assert again.config == model.config and equal(again.state_dict(), model.state_dict())

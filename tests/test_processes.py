@@ -1,5 +1,5 @@
-"""train.py in several processes: the same step as one, shards, filters and faults that differ
-between them, signals, a death.
+"""Processes: devices, errors, and train.py in several of them: the same step as one, shards,
+filters and faults that differ between them, signals, a death.
 
 Started by torchrun, test_processes.py OUT: train.py's main in two processes, in one scenario after
 the other; what each leaves in its folder under OUT is looked at by the tests."""
@@ -16,16 +16,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, metrics
-from safetensors.torch import load_file
+from helpers import (
+    ROOT,
+    TINY,
+    call,
+    equal,
+    metrics,
+    moments,
+    near,
+    trainer,
+    weights,
+    write_lines,
+)
 
-import checkpoint
-import common
 import train
 from grpo import SampleFilter
+from model import load_showo
+from shapes import world
+from support import processes
+from support import run as runs
 
-FLAGS = ("--model shapes --no-kl --filter-low --steps 2 --prompts-per-step 4 --group-size 4 "
-         "--unmask-steps 4 --eval-every 0 --eval-n 1 --eval-unmask-steps 4 --save-every 1").split()
+# a group at a time, in evaluation too: in batches of another size rounding differs, so that another
+# token can be drawn
+FLAGS = (*TINY, *"--filter-low --micro-batch 4 --eval-n 4".split())
 EVALUATED = ("--eval-every", 2)
 PLAIN = {name: getattr(train, name) for name in ("load_policy", "make_reward", "update")}
 GRADIENTS = []
@@ -46,13 +59,96 @@ def recorded(*args):
         GRADIENTS.append(torch.cat([p.grad.flatten() for p in params]))
         step()
         flat = torch.cat([p.detach().flatten() for p in params])
-        for other in common.all_cat(flat[None]):
+        for other in processes.all_cat(flat[None]):
             assert torch.equal(other, flat), "the processes' parameters differ"
     optimizer.step = recording_step
     return showo, magvit, reference, optimizer
 
 
-# ------------------------------------------------------------------------------ the tests
+# ------------------------------------------------------------------------------ alone
+
+def test_one_process_is_the_first_of_one(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processes.setup("cpu") == (0, 1, torch.device("cpu"))
+    assert (processes.rank(), processes.world()) == (0, 1)
+    tensor = torch.arange(3)
+    assert processes.all_sum(tensor) is tensor and processes.all_cat(tensor) is tensor
+    assert processes.all_lists([1, 2]) == [1, 2] and processes.barrier() is None
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "nonsense"])
+def test_a_device_that_is_not_there_is_said(device):
+    with pytest.raises(SystemExit, match=f"--device {device}.*: there is none"):
+        processes.setup(device)
+
+
+def test_dtypes():
+    assert {processes.choose_dtype(name, "cpu") for name in ("auto", "fp32")} == {torch.float32}
+    assert processes.choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+    assert processes.choose_dtype("auto", "cuda") == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------ errors
+
+class Store:
+    """Stands for torchrun's key-value store."""
+    n = 0
+
+    def add(self, key, amount):
+        self.n += amount
+        return self.n
+
+
+def ends(error):
+    """Return the exit code of a program whose main() fails, with a stand-in for torchrun's store or
+    without."""
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stopped:
+        processes.run(main)
+    return stopped.value.code
+
+
+def test_the_first_process_that_fails_says_a_plain_line(monkeypatch, capsys):
+    monkeypatch.setattr(processes.os, "_exit", sys.exit)
+    monkeypatch.setattr(processes, "STORE", Store())
+    for said in ("--out x: holds another run\n", ""):       # the second one is silent
+        assert ends(SystemExit("--out x: holds another run")) == 1
+        assert capsys.readouterr().err == said
+    monkeypatch.setattr(processes, "STORE", Store())
+    assert ends(ValueError("a bug")) == 1                   # a traceback for what is not expected
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.rstrip().endswith("ValueError: a bug")
+    for rank, lines in (("0", 1), ("1", 0)):                # before the processes have joined
+        monkeypatch.setattr(processes, "STORE", None)
+        monkeypatch.setenv("RANK", rank)
+        assert ends(SystemExit("--steps: not a number")) == 1
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_alone_python_reports_what_is_not_expected(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="a bug"):
+        processes.run(lambda: int("a bug"))
+    monkeypatch.setattr(processes.os, "_exit", sys.exit)
+    assert ends(torch.OutOfMemoryError("tried to allocate 3 GiB")) == 1
+    said = capsys.readouterr().err
+    assert "--micro-batch" in said and "--grad-checkpoint" in said and "--lora" in said
+
+
+def test_a_lack_of_gpu_memory_says_what_to_try(monkeypatch, capsys):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    monkeypatch.setattr(processes, "STORE", None)
+    monkeypatch.setattr(processes.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        processes.run(too_much.__get__(0))
+    said = capsys.readouterr().err
+    assert all(flag in said for flag in ("--micro-batch", "--grad-checkpoint", "--lora"))
+
+
+# ------------------------------------------------------------------------------ together
 
 def torchrun(*command, n=2):
     """Start n processes as a user does -> subprocess.Popen."""
@@ -60,11 +156,6 @@ def torchrun(*command, n=2):
     start = map(str, start)
     return subprocess.Popen([*start, *map(str, command)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, cwd=ROOT)
-
-
-def call(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, *map(str, flags)])
-    train.main()
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +166,23 @@ def two(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_policy", recorded)
         patch.setattr(train, "SampleFilter", early_filter)
-        patch.setattr(common, "StopSignal", lambda: SimpleNamespace(number=0))   # no handlers
+        patch.setattr(runs, "StopSignal", lambda: SimpleNamespace(number=0))   # no handlers
         GRADIENTS.clear()
-        call(patch, "--out", out / "one", "--prompts-per-step", 8, *EVALUATED)
+        call(*FLAGS, "--out", out / "one", "--prompts-per-step", 8, *EVALUATED)
         gradients_of_one = list(GRADIENTS)
         spoil_rewards(0.0, (), 0)
-        call(patch, "--out", out / "no-scores-at-1-as-one", "--no-filter-low", "--steps", 1)
+        call(*FLAGS, "--out", out / "no-scores-at-1-as-one", "--no-filter-low", "--steps", 1)
         train.make_reward = PLAIN["make_reward"]
-        (out / "few.txt").write_text("a photo of a star\na photo of two moons\na heart\n" * 2)
-        few = ("--prompts", out / "few.txt", "--no-filter-low", "--reward", "clip:shapes/clip")
-        call(patch, "--out", out / "three-as-one", "--prompts-per-step", 6, *few)
+        write_lines(out / "few.jsonl", world.prompts("train")[5:8] * 2)
+        few = ("--prompts", out / "few.jsonl", "--no-filter-low")
+        call(*FLAGS, "--out", out / "three-as-one", "--prompts-per-step", 6, *few)
         started = torchrun(ROOT / "train.py", *FLAGS, "--out", out / "three", "--prompts-per-step",
                            2, *few, n=3)
         _, errors = started.communicate(timeout=300)
         assert started.returncode == 0, errors[-3000:]
         shutil.copytree(out / "three", out / "three-then-one",
                         ignore=lambda *_: ["checkpoint-2"])
-        call(patch, "--out", out / "three-then-one", "--prompts-per-step", 6, "--resume", *few)
+        call(*FLAGS, "--out", out / "three-then-one", "--prompts-per-step", 6, "--resume", *few)
     torch.save(gradients_of_one, out / "one.pt")
     started = torchrun(__file__, out)
     _, errors = started.communicate(timeout=300)
@@ -99,55 +190,40 @@ def two(tmp_path_factory):
     return out
 
 
-def weights(folder):
-    return load_file(folder / "pytorch_model.safetensors")
-
-
-def trainer(folder, name="trainer"):
-    return torch.load(folder / f"{name}.pt", weights_only=True)
-
-
-def moments(folder):
-    """Return the optimizer's tensors by parameter and kind."""
-    state = trainer(folder, "optimizer")["state"]
-    kinds = {"step", "exp_avg", "exp_avg_sq"}
-    assert all(tensors.keys() == kinds for tensors in state.values())
-    return {(i, kind): state[i][kind] for i in state for kind in kinds}
-
-
-def equal(a, b):
-    """Demand that two dicts hold the same tensors, bit by bit."""
-    assert a.keys() == b.keys() and len(a) > 0
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def near(a, b):
-    """Demand that all tensors of two dicts together are equal to 1e-5 of their norm (one by one,
-    Adam turns rounding of a zero gradient into steps)."""
-    assert a.keys() == b.keys() and all(a[name].dtype == b[name].dtype for name in a)
-    a, b = (torch.cat([x[name].flatten() for name in a]) for x in (a, b))
-    assert (a - b).norm() <= 1e-5 * a.norm()
-
-
 def gradients(two, name):
     return torch.load(two / f"{name}.pt")
 
 
-def near_gradients(two, first, second):
+def near_gradients(first, second):
     """Demand that two runs took steps along the same gradients."""
-    pairs = list(zip(gradients(two, first), gradients(two, second), strict=True))
-    assert len(pairs) == 2
-    for a, b in pairs:
+    assert len(first) > 0
+    for a, b in zip(first, second, strict=True):
         assert (a - b).norm() <= 1e-5 * a.norm() and a.norm() > 0
 
 
+def demand_same_step(a, b):
+    """Demand that two checkpoints are equal but for rounding: each kind of the optimizer's moments,
+    and the weights, except where the gradient itself is rounding, of which Adam makes steps."""
+    state, other = moments(a), moments(b)
+    assert state.keys() == other.keys()
+    for kind in ("step", "exp_avg", "exp_avg_sq"):
+        assert near(*({i: x for (i, k), x in m.items() if k == kind} for m in (state, other))), kind
+    mean = [abs(x) for (_, k), x in sorted(state.items()) if k == "exp_avg"]
+    least = 1e-5 * max(x.max() for x in mean)
+    a, b = (dict(enumerate(load_showo(folder).parameters())) for folder in (a, b))
+    assert near(*({i: p.detach()[mean[i] > least] for i, p in x.items()} for x in (a, b)))
+
+
 def test_two_processes_take_the_step_of_one_with_twice_the_prompts(two):
-    near_gradients(two, "one", "two")
-    one, both = metrics(two / "one"), metrics(two / "two")
-    assert one[1]["resampled"] == both[1]["resampled"] > 0
+    """The first step; and the second from the first one's weights, since with weights that differ
+    by rounding another token can be drawn."""
+    near_gradients(gradients(two, "one")[:1], gradients(two, "two")[:1])
+    near_gradients(gradients(two, "one")[1:], gradients(two, "one-then-zero"))
+    one, both, after = (metrics(two / run) for run in ("one", "two", "one-then-zero"))
+    assert one[1]["resampled"] == after[1]["resampled"] > 0 and both[1]["resampled"] > 0
     assert one[0]["reward_mean"] == both[0]["reward_mean"]
-    near(weights(two / "one/checkpoint-2"), weights(two / "two/checkpoint-2"))
-    one, both = (checkpoint.read_rows(two / f"{run}/eval.jsonl") for run in ("one", "two"))
+    demand_same_step(two / "one/checkpoint-1", two / "two/checkpoint-1")
+    one, both = (runs.read_rows(two / f"{run}/eval.jsonl") for run in ("one", "two"))
     assert [row["step"] for row in both] == [0, 2] and one[0] == both[0]
 
 
@@ -155,19 +231,18 @@ def test_two_processes_take_the_step_of_one_with_twice_the_prompts(two):
 def test_two_processes_resume_bit_by_bit(two, run):
     straight = two / run.split("-")[0]
     assert metrics(two / run) == metrics(straight)
-    equal(weights(two / run / "checkpoint-2"), weights(straight / "checkpoint-2"))
-    equal(moments(two / run / "checkpoint-2"), moments(straight / "checkpoint-2"))
+    for of in (weights, moments):
+        assert equal(of(two / run / "checkpoint-2"), of(straight / "checkpoint-2"))
 
 
 @pytest.mark.parametrize("run", ["zero", "zero-then-two"])
 def test_shards_take_the_same_step_and_leave_the_same_files(two, run):
     if run == "zero":
-        near_gradients(two, "two", "zero")
+        near_gradients(gradients(two, "two"), gradients(two, "zero"))
     a, b = two / "two/checkpoint-2", two / run / "checkpoint-2"
     names = [sorted(file.name for file in folder.iterdir()) for folder in (a, b)]
     assert names[0] == names[1]
-    equal(weights(a), weights(b))
-    equal(moments(a), moments(b))
+    assert equal(weights(a), weights(b)) and equal(moments(a), moments(b))
     a, b = (trainer(folder) for folder in (a, b))
     assert a["filter"] == b["filter"] and len(a["filter"]["history"]) >= 16
     assert metrics(two / run) == metrics(two / "two")
@@ -175,8 +250,7 @@ def test_shards_take_the_same_step_and_leave_the_same_files(two, run):
 
 @pytest.mark.parametrize("run", ["one-then-zero"])
 def test_two_processes_go_on_where_one_was(two, run):
-    near(weights(two / "one/checkpoint-2"), weights(two / run / "checkpoint-2"))
-    near(moments(two / "one/checkpoint-2"), moments(two / run / "checkpoint-2"))
+    demand_same_step(two / "one/checkpoint-2", two / run / "checkpoint-2")
     assert [row["step"] for row in metrics(two / run)] == [1, 2]
     assert metrics(two / run)[0] == metrics(two / "one")[0]
 
@@ -185,18 +259,19 @@ def test_two_processes_go_on_where_one_was(two, run):
 def test_one_process_goes_on_where_two_were(two, tmp_path, monkeypatch, run):
     shutil.copytree(two / run, tmp_path / run, ignore=lambda *_: ["checkpoint-2"])
     monkeypatch.setattr(train, "SampleFilter", early_filter)
-    call(monkeypatch, "--out", tmp_path / run, "--resume", "--prompts-per-step", 8)
-    near(weights(two / "two/checkpoint-2"), weights(tmp_path / run / "checkpoint-2"))
-    near(moments(two / "two/checkpoint-2"), moments(tmp_path / run / "checkpoint-2"))
+    call(*FLAGS, "--out", tmp_path / run, "--resume", "--prompts-per-step", 8)
+    demand_same_step(two / "two/checkpoint-2", tmp_path / run / "checkpoint-2")
 
 
 @pytest.mark.parametrize("run", ["three", "three-then-one", "three-then-two"])
 def test_three_processes_and_prompts_that_stand_twice(two, run):
-    """A group's reward depends on its place among all prompts, not on who takes it."""
-    wanted, rows = metrics(two / "three-as-one"), metrics(two / run)
-    assert [row["reward_mean"] for row in rows] == pytest.approx(
-        [row["reward_mean"] for row in wanted], rel=1e-5)
-    near(weights(two / "three-as-one/checkpoint-2"), weights(two / run / "checkpoint-2"))
+    """A group's reward depends on its place among all prompts, not on who takes it: in the first
+    step, and in the second from the same weights."""
+    other, step = ("three-as-one", 1) if run == "three" else ("three", 2)
+    wanted, found = (metrics(two / name)[step - 1]["reward_mean"] for name in (other, run))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert len(metrics(two / run)) == 2
+    demand_same_step(*(two / name / f"checkpoint-{step}" for name in (other, run)))
 
 
 def test_processes_that_filter_differently_stay_together(two):
@@ -229,12 +304,12 @@ def test_twenty_steps_that_are_not_taken_end_the_run_everywhere(two):
     run, said = two / "never-finite", [
         (two / f"never-finite-{rank}.txt").read_text() for rank in (0, 1)]
     assert said[0] == said[1] and said[0].startswith("20 steps in a row were not taken")
-    assert len(metrics(run)) == 20 and checkpoint.checkpoints(run) == []
+    assert len(metrics(run)) == 20 and runs.checkpoints(run) == []
 
 
 def test_one_process_asked_to_stop_stops_all_and_saves(two):
     assert len(metrics(two / "asked")) == 2
-    assert checkpoint.checkpoints(two / "asked") == [two / "asked/checkpoint-2"]
+    assert runs.checkpoints(two / "asked") == [two / "asked/checkpoint-2"]
 
 
 def test_a_line_of_json_per_step(two):
@@ -259,12 +334,12 @@ def test_torchrun_passes_a_signal_on_and_every_process_saves(tmp_path):
     printed, _ = started.communicate(timeout=120)
     last = metrics(run)[-1]["step"]
     assert f"stopped by a signal after step {last}; go on with --resume" in printed and last < 500
-    assert checkpoint.checkpoints(run) == [run / f"checkpoint-{last}"]
+    assert runs.checkpoints(run) == [run / f"checkpoint-{last}"]
 
 
 DIES = f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import common, train
+import train
 plain = train.sample_groups
 
 def sample_groups(examples, keys, *rest):
@@ -272,11 +347,11 @@ def sample_groups(examples, keys, *rest):
         raise OSError("the disk of machine 1 is gone")
     return plain(examples, keys, *rest)
 train.sample_groups = sample_groups
-common.run(train.main)
+processes.run(train.main)
 """
 
 
-def test_a_process_that_dies_takes_the_job_down_and_nothing_saved_is_lost(monkeypatch, tmp_path):
+def test_a_process_that_dies_takes_the_job_down_and_nothing_saved_is_lost(tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     run = tmp_path / "run"
     started = torchrun(tmp_path / "dies.py", *FLAGS, "--steps", 500, "--out", run)
@@ -285,8 +360,8 @@ def test_a_process_that_dies_takes_the_job_down_and_nothing_saved_is_lost(monkey
     error = "OSError: the disk of machine 1 is gone"        # said once, by the process that has it
     assert errors.count(error) == 1 and "Traceback" in errors.split(error)[0], errors[-3000:]
 
-    assert checkpoint.checkpoints(run) == [run / "checkpoint-1"]
-    call(monkeypatch, "--steps", 2, "--prompts-per-step", 8, "--resume", "--out", run)
+    assert runs.checkpoints(run) == [run / "checkpoint-1"]
+    call(*FLAGS, "--prompts-per-step", 8, "--resume", "--out", run)
     assert [row["step"] for row in metrics(run)] == [1, 2]
 
 
@@ -303,7 +378,7 @@ class Spoilt:
     def score(self, images, examples, n=1):
         scores = self.reward.score(images, examples, n)
         self.left -= len(images)
-        if common.rank() in self.ranks and self.left >= 0:
+        if processes.rank() in self.ranks and self.left >= 0:
             scores["reward"] = torch.full_like(scores["reward"], self.value)
         return scores
 
@@ -315,7 +390,7 @@ def spoil_rewards(*how):
 def spoil_gradients(step_at):
     """Let a gradient of process 1 be infinite, in a step, or in all of them (None)."""
     def update(step, examples, traj, adv, *rest):
-        if common.rank() == 1 and step_at in (step, None):
+        if processes.rank() == 1 and step_at in (step, None):
             adv = adv * float("inf")
         return PLAIN["update"](step, examples, traj, adv, *rest)
     train.update = update
@@ -323,17 +398,17 @@ def spoil_gradients(step_at):
 
 def ask_to_stop(step, *rest):
     numbers = PLAIN["update"](step, *rest)
-    if step == 1 and common.rank() == 1:
+    if step == 1 and processes.rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return numbers
 
 
 def main(out):
     """Go through the scenarios."""
-    place = common.setup()
-    common.setup = lambda device: place
+    place = processes.setup()
+    processes.setup = lambda device: place
     train.load_policy, train.SampleFilter = recorded, early_filter
-    first, nan = common.rank() == 0, float("nan")
+    first, nan = processes.rank() == 0, float("nan")
 
     def scenario(name, *flags):
         GRADIENTS.clear()
@@ -344,10 +419,10 @@ def main(out):
 
     def continued(name, other, *flags):
         """Go on after step 1 of a run, in a copy."""
-        common.barrier()
+        processes.barrier()
         if first:
             shutil.copytree(out / name, out / other, ignore=lambda *_: ["checkpoint-2"])
-        common.barrier()
+        processes.barrier()
         scenario(other, "--resume", *flags)
 
     scenario("two", *EVALUATED)
@@ -356,11 +431,11 @@ def main(out):
     continued("zero", "zero-then-two")
     continued("one", "one-then-zero", "--zero")
     continued("three", "three-then-two", "--prompts-per-step", 3, "--no-filter-low", "--prompts",
-              out / "few.txt", "--reward", "clip:shapes/clip")
+              out / "few.jsonl")
 
     spoil_rewards(0.0, (1,), 1000)      # its groups lie under the bar, as soon as there is one
     train.SampleFilter = lambda **_: SampleFilter(percentile=50, warmup=6)
-    scenario("filtered", "--save-every", 0)
+    scenario("filtered", "--save-every", 0, "--reward", "clip:shapes/clip")
     train.SampleFilter = early_filter
 
     spoil_rewards(nan, (1,), 1000)
@@ -375,13 +450,13 @@ def main(out):
     with pytest.raises(SystemExit) as error:
         scenario("never-finite", "--steps", 25, "--prompts-per-step", 1, "--unmask-steps", 1,
                  "--no-filter-low")
-    (out / f"never-finite-{common.rank()}.txt").write_text(str(error.value))
+    (out / f"never-finite-{processes.rank()}.txt").write_text(str(error.value))
 
     train.update = ask_to_stop
     with pytest.raises(SystemExit) as error:
         scenario("asked", "--steps", 5, "--save-every", 0)
     assert error.value.code == 128 + signal.SIGTERM
-    common.barrier()
+    processes.barrier()
     dist.destroy_process_group()
     os._exit(0)
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
-from checkpoint import read_rows
+from support.run import read_rows
 
 README = (ROOT / "README.md").read_text()
 
@@ -82,6 +82,16 @@ def test_the_example_needs_two_files_and_torch_alone(tmp_path):
         capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == promised
+
+
+@pytest.mark.parametrize("file, wanted", [("sample", {"math", "dataclasses", "torch"}),
+                                          ("grpo", {"torch"})])
+def test_what_is_pasted_needs_torch_alone(file, wanted):
+    tree = ast.parse((ROOT / f"{file}.py").read_text())
+    imported = {alias.name for node in tree.body if isinstance(node, ast.Import)
+                for alias in node.names}
+    imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} == wanted
 
 
 # ------------------------------------------------------------------------------ the equations

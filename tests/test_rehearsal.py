@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import rehearsal
 import torch
-from conftest import metrics, read_json
+from helpers import metrics, read_json
 
-import eval_geneval
 import train
-from checkpoint import checkpoints
+from prompts import make_geneval
+from support.run import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -65,5 +65,5 @@ def test_geneval_is_evaluated_on_a_slice_of_the_official_prompts(work):
     args = SimpleNamespace(model="showlab/show-o-512x512", reward="geneval", eval_reward=None,
                            prompts=work / "eval.jsonl", eval_prompts=None, eval_every=1)
     _, _, examples, _ = train.load_task(args, torch.device("cpu"))
-    assert len(examples) == 62 and all(e in eval_geneval.geneval_prompts() for e in examples)
+    assert len(examples) == 62 and all(e in make_geneval.geneval_prompts() for e in examples)
     assert len({e["tag"] for e in examples}) == 6

@@ -1,19 +1,22 @@
-"""sample.py: the official moves and transition probabilities, and the properties that make Eq. 14 a
-probability."""
+"""sample.py: the official moves and transition probabilities, the properties that make Eq. 14 a
+probability, pictures and the command."""
 import itertools
 import math
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bench import plain_phi
-from conftest import DATA, read_json
+from helpers import CLOSE, DATA, ROOT, read_json, refused, run
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import chi2
 
 import sample
-from model import load_showo
+import train
+from model import Prompt, Showo
 from sample import (
     Trajectory,
     choose_and_move,
@@ -25,6 +28,8 @@ from sample import (
     temperatures,
     transition_log_prob,
 )
+from shapes import world
+from support import processes
 
 
 def seeded(*seeds):
@@ -503,9 +508,8 @@ def distance(a, b):
     return worst
 
 
-def test_marginals_are_those_of_a_plain_sampler():
+def test_marginals_are_those_of_a_plain_sampler(showo):
     """4,000 samples each."""
-    showo = load_showo(DATA / "showo/checkpoint", tokenizer=DATA / "prompting/tokenizer")
     T, B, times, g = 3, 200, 20, torch.Generator().manual_seed(0)
     prompt = showo.encode(["a red cat"], 16)
     policy = showo.policy(prompt.repeat(B))
@@ -522,8 +526,33 @@ def test_marginals_are_those_of_a_plain_sampler():
 
 # ------------------------------------------------------------------------------ pictures
 
-def test_pictures_do_not_depend_on_the_batch(base):
+# In batches of another size rounding differs, so that another token can be drawn. What shall be the
+# same pictures is drawn by models that compute each row alone.
+
+def row_by_row(plain):
+    """Return Showo.policy() or Showo.logits(), computed for a row at a time."""
+    def policy(self, prompt, guidance=0.0, batch=None):
+        alone = [plain(self, Prompt(prompt.ids[i:i + 1], torch.tensor([0])), guidance)
+                 for i in prompt.row]
+        return lambda codes: torch.cat([own(row[None])
+                                        for own, row in zip(alone, codes, strict=True)])
+
+    def logits(self, codes, prompt, **more):
+        rows = torch.arange(len(codes)).split(1)
+        return torch.cat([plain(self, codes[i], prompt[i], **more) for i in rows])
+    return {"policy": policy, "logits": logits}[plain.__name__]
+
+
+def test_pictures_do_not_depend_on_the_batch(base, monkeypatch):
     prompts = ["a photo of a red circle", "a photo of two stars", "a photo of a moon"]
+    encoded = base[0].encode(prompts).repeat(2)
+    codes = torch.randint(256, (6, 36), generator=torch.Generator().manual_seed(0))
+    codes[:, ::2] = 256
+    with torch.no_grad():
+        together = base[0].policy(encoded)(codes)
+        monkeypatch.setattr(Showo, "policy", row_by_row(Showo.policy))
+        alone = base[0].policy(encoded)(codes)
+    torch.testing.assert_close(together[:, ::2], alone[:, ::2], **CLOSE)
     how = dict(n=2, T=8, guidance=0.0)
     one, many = (generate(*base, prompts, seeds=[3, 4, 5], batch=b, **how) for b in (2, 64))
     assert one.shape == (6, 3, 48, 48) and one.dtype == torch.uint8
@@ -534,27 +563,84 @@ def test_pictures_do_not_depend_on_the_batch(base):
     assert torch.equal(default, named) and not torch.equal(default, many)
 
 
-def draw(monkeypatch, capsys, *flags):
-    """Call sample.py's main on shapes and return the lines that it printed."""
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "shapes", *map(str, flags)])
-    sample.main()
-    return capsys.readouterr().out.splitlines()
+def test_micro_batches_bound_rollouts_and_evaluations_and_change_no_picture(base, monkeypatch):
+    rows, alone = [], row_by_row(Showo.logits)
+
+    def logits(self, codes, *args, **more):
+        rows.append(len(codes))
+        return alone(self, codes, *args, **more)
+    args = SimpleNamespace(group_size=6, micro_batch=6, unmask_steps=4, transition="p2")
+    examples, pictures = world.prompts("train", 2), []
+
+    def rolled_out(micro_batch):
+        args.micro_batch = micro_batch
+        return train.sample_groups(examples, [(0, i) for i in range(2)], args, base[0]).codes
+    with monkeypatch.context() as patch:        # of two texts or one at a time
+        patch.setattr(Showo, "policy", row_by_row(Showo.policy))
+        assert torch.equal(rolled_out(12), rolled_out(6))
+    monkeypatch.setattr(Showo, "logits", logits)
+    codes = {}
+    for n in (12, 6, 2):
+        rows.clear()
+        codes[n] = rolled_out(n)
+        pictures.append(generate(*base, ["a photo of a star"], n=6, T=4, guidance=1.0, batch=n))
+        assert max(rows) == n
+    assert torch.equal(codes[6], codes[2])
+    assert all(torch.equal(pictures[0], other) for other in pictures)
 
 
-def test_the_command_says_what_it_loaded_and_writes_a_grid(monkeypatch, tmp_path, capsys):
+# ------------------------------------------------------------------------------ the command
+
+SHAPES = ("--model", "shapes")
+
+
+def test_the_command_says_what_it_loaded_and_writes_a_grid(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a star\na moon\n")
-    said = draw(monkeypatch, capsys, "--dtype", "bf16", "--prompt", "a photo of a star", "--n", 2,
-                "--prompts", tmp_path / "p.txt", "--steps", 2, "--out", tmp_path / "x.png")
-    assert said == ["shapes: 0.9M, N 36, K 256; shapes/magvitv2: 0.9M; on cpu"]
+    run(sample, *SHAPES, "--dtype", "bf16", "--prompt", "a photo of a star", "--n", 2,
+        "--prompts", tmp_path / "p.txt", "--steps", 2, "--out", tmp_path / "x.png")
+    said = capsys.readouterr().out
+    assert said == "shapes: 0.9M, N 36, K 256; shapes/magvitv2: 0.9M; on cpu\n"
     assert Image.open(tmp_path / "x.png").size == (3 * 148, 2 * 176)
 
 
-def test_a_seed_fixes_the_picture(monkeypatch, tmp_path, capsys):
+def test_a_seed_fixes_the_picture(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        draw(monkeypatch, capsys, "--prompt", "a moon", "--steps", 4, "--seed", seed,
-             "--out", tmp_path / f"{name}.png")
+        run(sample, *SHAPES, "--prompt", "a moon", "--steps", 4, "--seed", seed, "--out",
+            tmp_path / f"{name}.png")
     a, b, c = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc")
     assert a == b != c
+
+
+def test_a_picture_per_file_in_shards_that_go_on(monkeypatch, tmp_path):
+    """A prompt at a time, so that no batch is of another size."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a photo of a moon\na photo of two stars\na photo of a red ring\n")
+
+    def draw(out, rank=0, world=1):
+        monkeypatch.setattr(processes, "setup", lambda _: (rank, world, torch.device("cpu")))
+        run(sample, *SHAPES, "--prompts", prompts, "--n", 2, "--batch", 2, "--steps", 3, "--out",
+            out)
+
+    draw(tmp_path / "one")
+    files = sorted((tmp_path / "one").glob("*.png"))
+    assert [f.name for f in files] == [f"00000{i}-0{k}.png" for i in range(3) for k in range(2)]
+    draw(tmp_path / "two", 0, 2)
+    assert len(list((tmp_path / "two").glob("*.png"))) == 4     # of the first and third prompt
+    draw(tmp_path / "two", 1, 2)
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    whole, kept = files[3].read_bytes(), files[0].stat().st_mtime_ns
+    files[3].unlink()
+    draw(tmp_path / "one")
+    assert files[3].read_bytes() == whole and files[0].stat().st_mtime_ns == kept
+
+
+def test_sample_is_a_command(tmp_path):
+    """Started from another folder."""
+    subprocess.run([sys.executable, ROOT / "sample.py", *SHAPES, "--prompt",
+                    "a photo of a red circle", "--n", "4", "--steps", "4", "--out", "grid.png"],
+                   check=True, cwd=tmp_path)
+    assert Image.open(tmp_path / "grid.png").size == (2 * 148, 2 * 176)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -564,7 +650,5 @@ def test_a_seed_fixes_the_picture(monkeypatch, tmp_path, capsys):
 def test_mistakes_are_one_line(monkeypatch, tmp_path, flags, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "shapes", *flags])
-    with pytest.raises(SystemExit, match=message):
-        sample.main()
+    assert message in refused(sample, *SHAPES, *flags)
     assert not list(tmp_path.iterdir())

@@ -4,19 +4,16 @@ import json
 import sys
 from types import SimpleNamespace
 
+import experiments
 import pytest
-from conftest import ROOT
+import speed
+from helpers import ROOT
 from PIL import Image
 
 import train
-from checkpoint import read_rows
 from model import load_models
-
-# the processes that they start import them by their names
-sys.path += [str(ROOT / folder) for folder in ("shapes", "prompts")]
-import experiments  # noqa: E402
-import make_prompts  # noqa: E402
-import speed  # noqa: E402
+from prompts import make_prompts
+from support.run import read_rows
 
 TINY = ("steps=1 prompts_per_step=1 group_size=2 unmask_steps=2 eval_every=1 eval_n=1 "
         "eval_unmask_steps=2").split()
@@ -187,7 +184,7 @@ def test_the_prompt_files_are_what_their_generator_makes(call, tmp_path):
 
 
 def test_pretraining_writes_a_base_that_loads(call, tmp_path):
-    printed = call("pretrain", "--steps", 2, "--tokenizer-steps", 2, "--clip-steps", 1,
+    printed = call("shapes.pretrain", "--steps", 2, "--tokenizer-steps", 2, "--clip-steps", 1,
                    "--pool", 300, "--out", tmp_path)
     assert "tokenizer     1/2 loss" in printed and "base     1/2 loss" in printed
     showo, magvit = load_models(str(tmp_path), vq=str(tmp_path / "magvitv2"))

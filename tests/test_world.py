@@ -8,16 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
+import world as measured  # noqa: E402
+from helpers import ROOT, equal, weights
 
-import shapes
-from eval_geneval import exact_score, filter_detections, relative_position, score, verdicts
 from model import to_uint8
-
-sys.path.append(str(ROOT / "shapes"))
-import pretrain  # noqa: E402
-import world  # noqa: E402
+from shapes import pretrain  # noqa: E402
+from support.geneval import exact_score, filter_detections, relative_position, score, verdicts
 
 N_PICTURES = 2000
 
@@ -25,7 +21,7 @@ N_PICTURES = 2000
 @pytest.fixture(scope="module")
 def pictures():
     rng = random.Random(1)
-    lines = shapes.prompts("all", N_PICTURES)
+    lines = world.prompts("all", N_PICTURES)
     return lines, [pretrain.render(line, rng) for line in lines]
 
 
@@ -46,7 +42,7 @@ def exactly_right(found, objects):
 
 def test_detector_is_right_on_every_rendered_picture(pictures):
     lines, drawn = pictures
-    found = shapes.detect(torch.stack([image for image, _ in drawn]))
+    found = world.detect(torch.stack([image for image, _ in drawn]))
     for line, (_, objects), (boxes, colours) in zip(lines, drawn, found, strict=True):
         assert exactly_right((boxes, colours), objects)
         kept = filter_detections(boxes, line["tag"])
@@ -60,7 +56,7 @@ def test_detector_is_right_on_tokenizer_reconstructions(pictures, base):
     for i in range(0, len(drawn), 200):
         images = torch.stack([image for image, _ in drawn[i:i + 200]])
         again = to_uint8(magvit.decode(magvit.encode(pretrain.scaled(images))))
-        found = shapes.detect(again)
+        found = world.detect(again)
         right += sum(exactly_right(one, objects)
                      for one, (_, objects) in zip(found, drawn[i:i + 200], strict=True))
     assert right >= 0.98 * len(drawn)
@@ -75,7 +71,7 @@ def test_detector_sees_what_is_wrong():
     too_few = {(0, 0): ("star", "red")}
     too_many = {**right, (3, 3): ("moon", "blue")}
     pictures = [pretrain.paint(p, 0) for p in (right, exchanged, too_few, too_many)]
-    found = shapes.detect(torch.stack(pictures))
+    found = world.detect(torch.stack(pictures))
     official = [score(filter_detections(raw, line["tag"]), line, colours)[0]
                 for raw, colours in found]
     assert official == [True, False, False, True]
@@ -85,9 +81,9 @@ def test_detector_sees_what_is_wrong():
 
 def test_a_drawing_halfway_between_two_things_has_no_score():
     full, empty = (pretrain.paint(p, 0).float() for p in ({(1, 1): ("cross", "green")}, {}))
-    raw, _ = shapes.detect(((full + empty) / 2).to(torch.uint8)[None])[0]
+    raw, _ = world.detect(((full + empty) / 2).to(torch.uint8)[None])[0]
     assert not filter_detections(raw, "")
-    raw, _ = shapes.detect((0.95 * full + 0.05 * empty).to(torch.uint8)[None])[0]
+    raw, _ = world.detect((0.95 * full + 0.05 * empty).to(torch.uint8)[None])[0]
     assert filter_detections(raw, "counting").keys() == {"cross"}
 
 
@@ -95,7 +91,7 @@ def test_colours_follow_the_kept_boxes():
     rings = {(0, 0): ("ring", "red"), (1, 1): ("ring", "blue"), (2, 2): ("ring", "green")}
     image, ground = pretrain.paint(rings, 1).float(), pretrain.paint({}, 1).float()
     image[:, :8, :8] = 0.9 * image[:, :8, :8] + 0.1 * ground[:, :8, :8]
-    raw, colours = shapes.detect(image.to(torch.uint8)[None])[0]
+    raw, colours = world.detect(image.to(torch.uint8)[None])[0]
     boxes = filter_detections(raw, "")["ring"]
     by_box = {(box[0], colour) for box, colour in zip(boxes, colours["ring"], strict=True)}
     assert by_box == {(1.0, "red"), (9.0, "blue"), (17.0, "green")}
@@ -117,11 +113,11 @@ def combination(line):
 
 
 def test_training_and_evaluation_prompts_are_disjoint():
-    train = {combination(line) for line in shapes.prompts("train", 3000)}
-    held_out = {combination(line) for line in shapes.prompts("eval", 3000)}
+    train = {combination(line) for line in world.prompts("train", 3000)}
+    held_out = {combination(line) for line in world.prompts("eval", 3000)}
     assert not train & held_out and len(held_out) == 63
-    assert {key[0] for key in train} == {key[0] for key in held_out} == set(shapes.FAMILIES)
-    assert shapes.prompts("train", 60) == shapes.prompts("train", 60)
+    assert {key[0] for key in train} == {key[0] for key in held_out} == set(world.FAMILIES)
+    assert world.prompts("train", 60) == world.prompts("train", 60)
 
 
 def test_positions_are_drawn_clearly(pictures):
@@ -134,7 +130,7 @@ def test_positions_are_drawn_clearly(pictures):
 
 
 def test_the_tokenizer_knows_every_word(base):
-    texts = [line["prompt"] for line in shapes.prompts("all", 1200)]
+    texts = [line["prompt"] for line in world.prompts("all", 1200)]
     tokenizer = base[0].tokenizer
     assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(texts)["input_ids"])
     assert tokenizer("a zebra")["input_ids"][1] == tokenizer.unk_token_id
@@ -142,8 +138,8 @@ def test_the_tokenizer_knows_every_word(base):
 
 def test_codes_are_the_templates(pictures, base):
     images = torch.stack([image for image, _ in pictures[1][:500]])
-    codes = shapes.distances(images).argmin(1)
-    assert torch.equal(shapes.assemble(codes.view(500, -1)), images)
+    codes = world.distances(images).argmin(1)
+    assert torch.equal(world.assemble(codes.view(500, -1)), images)
     found = base[1].encode(pretrain.scaled(images)).flatten()
     assert (found == codes).float().mean() > 0.999
 
@@ -152,11 +148,11 @@ def test_codes_are_the_templates(pictures, base):
 
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory):
-    """What tools/world.py writes of 3 pictures of each prompt that it takes."""
-    path = tmp_path_factory.mktemp("world") / "world.json"
+    """What results/measured.py writes of 3 pictures of each prompt that it takes."""
+    path = tmp_path_factory.mktemp("world") / "measured.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["world.py", "--n", "3", "--json", str(path)])
-        world.main()
+        patch.setattr(sys, "argv", ["measured.py", "--n", "3", "--json", str(path)])
+        measured.main()
     return json.loads(path.read_text())
 
 
@@ -173,21 +169,21 @@ def test_the_shipped_base_is_fair(looked):
 
 def test_the_shipped_base_knows_what_relations_mean(base):
     """It draws what was asked more often than the opposite, though it often draws neither."""
-    found = world.relations(*base, n=8, T=12)
+    found = measured.relations(*base, n=8, T=12)
     for tag, times in (("position", 5), ("color_attr", 3)):
         assert found[tag]["asked"] >= max(0.2, times * found[tag]["opposite"])
 
 
 def test_the_opposite_of_a_relation_is_seen(base, monkeypatch):
     """A policy that turns every relation round, and exchanges colours, and one that does not."""
-    for change, key in ((lambda line, rng: line, "asked"), (world.nearly, "opposite")):
+    for change, key in ((lambda line, rng: line, "asked"), (measured.nearly, "opposite")):
         def draw(showo, lines, n, T, change=change):
             rng = random.Random(0)
             codes = [pretrain.codes_of(pretrain.arrange(change(line, rng), rng), rng)
                      for line in lines for _ in range(n)]
             return SimpleNamespace(codes=torch.tensor(codes)), None
         monkeypatch.setattr(world, "draw", draw)
-        for row in world.relations(*base, n=2, T=12).values():
+        for row in measured.relations(*base, n=2, T=12).values():
             assert row.pop(key) > 0.9 and not sum(row.values())
 
 
@@ -219,19 +215,19 @@ def test_the_shipped_clip_counts_to_four_and_no_further(looked):
 
 
 def test_a_family_without_a_wrong_drawing_has_no_share():
-    lines = [shapes.combinations(tag)[0][0] for tag in shapes.FAMILIES]
+    lines = [world.combinations(tag)[0][0] for tag in world.FAMILIES]
     right = torch.tensor([1.0, 1.0] + [1.0, 0.0] * 5)               # two pictures of each
-    found = world.ranked_drawn(lambda pictures, texts: right, lines, torch.zeros(12), right)
+    found = measured.ranked_drawn(lambda pictures, texts: right, lines, torch.zeros(12), right)
     assert found == {"mean": 1.0, "single_object": None, **dict.fromkeys(list(found)[2:], 1.0)}
 
 
-@pytest.mark.parametrize("tag", shapes.FAMILIES)
+@pytest.mark.parametrize("tag", world.FAMILIES)
 def test_a_nearly_right_picture_is_wrong_by_one_thing(tag):
     rng = random.Random(0)
-    lines = [group[0] for group in shapes.combinations(tag)]
-    nearly = [world.nearly(line, rng) for line in lines]
+    lines = [group[0] for group in world.combinations(tag)]
+    nearly = [measured.nearly(line, rng) for line in lines]
     pictures = torch.stack([pretrain.render(line, rng)[0] for line in nearly])
-    assert not verdicts(lines, shapes.detect(pictures))["exact"].any()
+    assert not verdicts(lines, world.detect(pictures))["exact"].any()
     for line, other in zip(lines, nearly, strict=True):
         changed = [a.get(key) != b.get(key)
                    for a, b in zip(line["include"], other["include"], strict=True)
@@ -242,18 +238,14 @@ def test_a_nearly_right_picture_is_wrong_by_one_thing(tag):
 # ------------------------------------------------------------------------- pretraining
 
 def test_pretraining_repeats_itself(tmp_path):
-    weights = []
     for run in ("a", "b"):
-        showo = pretrain.pretrain_base(2, 7, pool=300, batch=8, hidden=32, layers=1)
-        showo.save(tmp_path / run)
-        weights.append(load_file(tmp_path / run / "pytorch_model.safetensors"))
+        pretrain.pretrain_base(2, 7, pool=300, batch=8, hidden=32, layers=1).save(tmp_path / run)
         config = json.loads((tmp_path / run / "config.json").read_text())
         assert config["codebook_size"] == 256
-    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
     for make in (functools.partial(pretrain.pretrain_tokenizer, 2, 7, batch=4),
                  functools.partial(pretrain.pretrain_clip, 2, 7, pool=300, batch=4)):
-        first, second = (make().state_dict() for _ in range(2))
-        assert all(torch.equal(first[k], second[k]) for k in first)
+        assert equal(make().state_dict(), make().state_dict())
 
 
 @pytest.mark.parametrize("weight", [1.0, 20.0])
