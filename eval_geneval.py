@@ -89,7 +89,7 @@ def main():
     add("--detector", default=geneval.DETECTOR, help="hub id or folder of a Mask2Former")
     flags.add_model_flags(add)
     flags.add_sampling_flags(add)
-    args, _ = flags.parse(p, {name: preset | {"n": 4} for name, preset in flags.SAMPLING.items()})
+    args = flags.parse(p, {name: preset | {"n": 4} for name, preset in flags.SAMPLING.items()})
     tiny, out = is_shapes(args.model), args.score_only or args.out
     if not out:
         p.error("give --out, the folder to draw into, or --score-only, a folder of pictures")

@@ -90,13 +90,12 @@ class Trajectory:
 def mask_schedule(N: int, T: int, kind: str = "cosine") -> torch.Tensor:
     """Return Long[T]: how many of N tokens stay masked after each iteration; the last entry is 0.
 
-    n_t of Eq. 4 is the drop from one to the next. floor(N cos(pi/2 (t+1)/T)) in float32, clamped to
-    [1, masked - 1] as in Show-o."""
-    if kind != "cosine":
-        raise ValueError(f"mask_schedule: there is no {kind!r}, only 'cosine'")
+    n_t of Eq. 4 is the drop from one to the next. floor(N r_t) with r_t = cos(pi/2 (t+1)/T), or
+    1 - (t+1)/T for "linear", in float32, clamped to [1, masked - 1] as in Show-o."""
     n_masked = [N]
     for t in range(T):
-        ratio = torch.cos(torch.tensor((t + 1) / T) * math.pi * 0.5)
+        u = torch.tensor((t + 1) / T)
+        ratio = {"cosine": torch.cos(u * math.pi * 0.5), "linear": 1 - u}[kind]
         n_masked.append(max(1, min(n_masked[-1] - 1, int(torch.floor(N * ratio)))))
     return torch.tensor([*n_masked[1:-1], 0])                                       # Eq. 4
 
@@ -269,7 +268,7 @@ def main():
                    help="a picture (.png, .jpg), or a folder, where what is there stays")
     flags.add_model_flags(p.add_argument)
     flags.add_sampling_flags(p.add_argument)
-    args, _ = flags.parse(p, flags.SAMPLING)
+    args = flags.parse(p, flags.SAMPLING)
     examples = [{"prompt": text} for text in args.prompt]
     examples += read_prompts(args.prompts) if args.prompts else []
     if not examples:

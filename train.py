@@ -58,7 +58,7 @@ PRESETS = {     # defaults, by model
 
 
 def parse_args():
-    """Return the flags, and those that differ from their defaults as text."""
+    """Return the flags, whose defaults depend on the model: PRESETS."""
     p, count = flags.parser(__doc__), flags.at_least(1)
     add = p.add_argument_group("what").add_argument
     flags.add_model_flags(add)
@@ -114,7 +114,7 @@ def parse_args():
     add("--keep-last", type=int, default=0, help="checkpoints, 0 = all")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
 
-    args, given = flags.parse(p, PRESETS)
+    args = flags.parse(p, PRESETS)
     if (args.loss_steps or 0) > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
     if args.resume == "auto" and not args.out:
@@ -123,7 +123,7 @@ def parse_args():
         p.error("--zero shards over processes: start with torchrun --nproc_per_node N")
     if args.wandb and importlib.util.find_spec("wandb") is None:
         p.error("--wandb needs a package: pip install wandb")
-    return args, given
+    return args
 
 
 # ------------------------------------------------------------------------------ rollouts
@@ -450,7 +450,7 @@ def in_vain(numbers, out):
 
 
 def main():
-    args, given = parse_args()
+    args = parse_args()
     rank, world_size, device = processes.setup(args.device)
     out, folder, lock = run.open_run(args)          # held as long as the name lives
     trainer = run.load_trainer(folder, args) if folder else None
@@ -474,7 +474,7 @@ def main():
     log, stop, models = run.Log(out, settings, start), run.StopSignal(), (showo, magvit)
     P, G = args.prompts_per_step, args.group_size
     log.say(describe(*models, [e["prompt"] for e in examples]))
-    log.say(f"{world_size} x {device.type}; {len(examples)} prompts; {given}\n"
+    log.say(f"{world_size} x {device.type}; {len(examples)} prompts; {flags.typed()}\n"
             f"one step: {P * world_size} prompts x {G} = {P * world_size * G} pictures, x "
             f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations; output in {out}")
     if trainer and (changed := run.changes(trainer["args"], settings)):

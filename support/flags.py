@@ -1,5 +1,7 @@
 """The parser, and the flags that several scripts share."""
 import argparse
+import re
+import shlex
 import sys
 from argparse import SUPPRESS, BooleanOptionalAction
 
@@ -21,6 +23,11 @@ def parser(doc) -> argparse.ArgumentParser:
     return p
 
 
+def typed() -> str:
+    """Return the flags as they were typed, without the passwords of URLs."""
+    return re.sub(r"//[^/]*@", "//", shlex.join(sys.argv[1:]))
+
+
 def at_least(least):
     """Return the type of a flag: a whole number of at least this."""
     def number(text):
@@ -32,10 +39,8 @@ def at_least(least):
 
 
 def parse(p, presets):
-    """Parse the command line -> args, and the flags that differ from their defaults, as text.
-
-    A flag that is not given has its value in presets["shapes"] if --model is the tiny base, else in
-    presets["showo"]; --help names both."""
+    """Parse the command line. A flag that is not given has its value in presets["shapes"] if
+    --model is the tiny base, else in presets["showo"]; --help names both."""
     for action in p._actions:
         if action.help and action.help != SUPPRESS:
             showo, tiny = (presets[name].get(action.dest) for name in ("showo", "shapes"))
@@ -44,14 +49,10 @@ def parse(p, presets):
             action.help += f" (default: {default})".replace("%", "%%") * shown
     args = p.parse_args()
     del args.local_rank
-    defaults = {a.dest: a.default for a in p._actions}
-    defaults |= presets["shapes" if is_shapes(args.model) else "showo"]
-    for name, value in vars(args).items():
-        if value is None:
-            setattr(args, name, defaults[name])
-    given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-             if value != defaults[name]]
-    return args, " ".join(given)
+    for name, value in presets["shapes" if is_shapes(args.model) else "showo"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 def add_model_flags(add):

@@ -187,11 +187,12 @@ def summary(rows: list[dict]) -> str:
         f"Overall score (avg. over tasks): {overall:.5f}", ""])
 
 
-def shares(rows) -> dict:
+def shares(rows, correction=0) -> dict:
     """Return {"overall" and each tag: (mean, standard error)} of rows (tag, prompt, value).
 
     The mean is over a tag's pictures, NaN left out; overall is the mean over tags. The error is of
-    the spread over the prompts of each tag: pictures of one prompt are not independent."""
+    the spread over the prompts of each tag: pictures of one prompt are not independent. correction:
+    1 = the sample's standard deviation."""
     by_tag, found = {}, {}
     for tag, prompt, value in rows:
         by_tag.setdefault(tag, {}).setdefault(prompt, []).append(float(value))
@@ -200,7 +201,7 @@ def shares(rows) -> dict:
         means = torch.tensor([np.nanmean(v) if np.isfinite(v).any() else math.nan
                               for v in by_prompt.values()]).double()
         means = means[means.isfinite()]
-        error = means.std(correction=0).item() / max(len(means), 1) ** 0.5
+        error = means.std(correction=correction).item() / max(len(means), 1) ** 0.5
         found[tag] = values.nanmean().item(), error
     mean, error = torch.tensor(list(found.values())).double().T
     overall = mean.nanmean().item(), error.square().sum().sqrt().item() / len(error)

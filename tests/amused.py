@@ -1,6 +1,6 @@
 """The policy of diffusers' aMUSEd for rollout() and transition_log_prob(), to copy.
 
-    import model            # beside a CPU build of torch, before diffusers
+    library("transformers")     # of support/weights.py; before diffusers, beside a CPU torch
     policy = amused_policy(unet, text, scheduler, H, G)
     traj = rollout(policy, P * G, H * H, unet.config.codebook_size, T, generator=generator,
                    temperature=scheduler.temperatures.tolist())

@@ -1,8 +1,12 @@
 import os
 import signal
+import tempfile
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # exact comparisons: the CPU on every machine
 os.environ["OMP_NUM_THREADS"] = "1"         # of the processes that tests start, too
+# compiled code fits the processor that it was compiled for
+KIND = os.environ.get("ATEN_CPU_CAPABILITY", "own")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/inductor-{KIND}")
 import pytest  # noqa: E402
 from helpers import CHECKPOINT, TOKENIZER  # noqa: E402
 

@@ -50,8 +50,7 @@ def test_a_clip_of_open_clip_s_other_class(tmp_path):
     part = make_reward(f"clip:tiny/{path}")
     model = part.parts[0][2].model
     assert type(model).__name__ == "CustomTextCLIP"
-    transform, tokens = part.parts[0][2].transform, part.parts[0][2].tokenizer(PROMPTS)
-    pixels = torch.stack([transform(pictures.to_pil(image)) for image in PICTURES])
+    pixels, tokens = part.parts[0][2].pixels(PICTURES), part.parts[0][2].tokenizer(PROMPTS)
     with torch.no_grad():
         wanted = model.get_logits(pixels, tokens)[0].diagonal()
     torch.testing.assert_close(part(PICTURES, PROMPTS), wanted, **CLOSE)

@@ -3,16 +3,17 @@ import json
 import random
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from helpers import DATA, ROOT, read_lines, refused, run, write_lines
 from PIL import Image
-from world.pretrain import render  # noqa: E402
 
 import eval_geneval
-from shapes import world  # noqa: E402
-from support import geneval  # noqa: E402
+from shapes import world
+from shapes.pretrain import render
+from support import geneval, pictures, processes
 
 EXAMPLES = world.prompts("eval")[::9]
 
@@ -22,16 +23,18 @@ EXAMPLES = world.prompts("eval")[::9]
 def truth(prompts, n, seeds):
     """Draw each prompt's picture as it should be."""
     by_text = {example["prompt"]: example for example in EXAMPLES}
-    pictures = []
+    drawn = []
     for text, seed in zip(prompts, seeds, strict=True):
         for k in range(n):
             picture, _ = render(by_text[text], random.Random(seed * 10 + k))
-            pictures.append(picture)
-    return torch.stack(pictures)
+            drawn.append(picture)
+    return torch.stack(drawn)
 
 
 def draw(out, batch=64, rank=0, world=1):
-    return eval_geneval.draw_folder(out, EXAMPLES, 2, truth, batch, rank, world)
+    with mock.patch.multiple(processes, rank=lambda: rank, world=lambda: world):
+        files = eval_geneval.folders_of(out, EXAMPLES, 2)
+    return pictures.draw_missing(files, EXAMPLES, truth, batch)
 
 
 def test_drawing_is_shared_out_and_goes_on(tmp_path):
@@ -46,13 +49,11 @@ def test_drawing_is_shared_out_and_goes_on(tmp_path):
 
 
 def test_scoring_a_folder(tmp_path, capsys):
-    def score(rank=0, world=1):
-        return eval_geneval.score_folder(tmp_path, world.detect, rank, world)
-
     draw(tmp_path)
     Image.new("RGB", (48, 48)).save(tmp_path / "00002/samples/0001.png")
-    rows = sorted(score(0, 2) + score(1, 2), key=lambda row: row["filename"])
-    assert rows == score()
+    folders = eval_geneval.folders_in(tmp_path)
+    assert len(folders) == len(EXAMPLES)
+    rows = [row for folder in folders for row in eval_geneval.score_folder(folder, world.detect)]
     assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata",
                              "details"]
     assert [row["correct"] for row in rows] == [i != 5 for i in range(2 * len(EXAMPLES))]
@@ -82,10 +83,18 @@ def test_intervals_are_those_of_the_prompts():
     """Prompts all right or all wrong: intervals of a binomial over prompts, not over pictures."""
     rows = [{"tag": tag, "metadata": f"{tag}{i}", "correct": i % 2 == 0}
             for tag in ("a", "b") for i in range(100) for _ in range(4)]
-    out = eval_geneval.scores(rows)
+    out = geneval.shares((row["tag"], row["metadata"], row["correct"]) for row in rows)
     assert out["a"][0] == out["overall"][0] == 0.5
-    widths = [out[name][2] - out[name][1] for name in ("a", "overall")]
-    assert widths == pytest.approx([4 * 0.05, 4 * 0.05 / 2 ** 0.5], rel=0.1)
+    errors = [out[name][1] for name in ("a", "overall")]
+    assert errors == pytest.approx([0.05, 0.05 / 2 ** 0.5], rel=0.02)
+
+
+def test_shares_leave_out_what_has_no_score():
+    rows = [("a", 0, 1.0), ("a", 0, float("nan")), ("a", 1, 0.0), ("b", 2, float("nan")),
+            ("c", 3, 0.25)]
+    out = geneval.shares(rows)
+    assert out["a"] == (0.5, 0.5 / 2 ** 0.5) and out["c"][0] == 0.25 and out["b"][0] != out["b"][0]
+    assert out["overall"][0] == 0.375
 
 
 # ------------------------------------------------------------------------------ the command

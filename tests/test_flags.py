@@ -1,26 +1,54 @@
 """Flags whose defaults depend on the model."""
-import argparse
+import re
 import sys
 
-from helpers import call, run
+import pytest
+from helpers import call, refused, run
 
+import eval_geneval
+import reward
 import sample
 import train
+from support import flags
 
 
 def test_settings_of_the_sampler_depend_on_the_model(monkeypatch):
-    def settings(*flags):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
-        p = argparse.ArgumentParser()
+    def settings(*given):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *given])
+        p = flags.parser("a script\n\nits commands\n\nmore")
         flags.add_model_flags(p.add_argument)
-        flags.add_sampling_flags(p)
-        args = p.parse_args()
-        return {name: getattr(args, name) for name in flags.SAMPLING}
-    assert settings() == {"T": 50, "guidance": 5.0, "batch": 8, "temperature": 1.0}
+        flags.add_sampling_flags(p.add_argument)
+        args = flags.parse(p, flags.SAMPLING)
+        return {name: getattr(args, name) for name in flags.SAMPLING["showo"]}
+    assert settings() == {"T": 50, "guidance": 5.0, "batch": 8, "temperature": 1.0, "n": 1}
     tiny = settings("--model", "shapes")
-    assert tiny == {"T": 12, "guidance": 0.0, "batch": 256, "temperature": 1.0}
+    assert tiny == {"T": 12, "guidance": 0.0, "batch": 256, "temperature": 1.0, "n": 1}
     given = settings("--steps", "3", "--cfg", "0", "--batch", "2", "--temperature", "0.5")
-    assert given == {"T": 3, "guidance": 0, "batch": 2, "temperature": 0.5}
+    assert given == {"T": 3, "guidance": 0, "batch": 2, "temperature": 0.5, "n": 1}
+
+
+@pytest.mark.parametrize("script", [train, sample, eval_geneval, reward])
+def test_help_has_commands_texts_and_each_default_once(monkeypatch, capsys, script):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        run(script, "--help")
+    said = capsys.readouterr().out
+    assert f"    python {script.__name__}.py --" in said or script is train
+    assert "(default: None)" not in said and "local" not in said
+    parts = re.split(r"\n  (?=-)", said.split("options:")[1])
+    assert all(re.search(r"[a-z]{2}", re.sub(r"--?[\w-]+|[A-Z_]{2,}|\{.*?\}", "", part))
+               for part in parts[1:])                                   # each flag has a text
+    assert all(part.count("default: ") <= 1 for part in parts)
+    if script is train:
+        assert "(default: 625; shapes: 30)" in said and "torchrun --nproc_per_node 8" in said
+
+
+@pytest.mark.parametrize("script, flags", [
+    (sample, "--n 0"), (sample, "--steps 0"), (sample, "--batch -1"), (eval_geneval, "--n 0"),
+    (train, "--steps 0"), (train, "--group-size 1"), (train, "--prompts-per-step 0"),
+    (train, "--unmask-steps 0"), (train, "--micro-batch 0"), (train, "--eval-n 0")])
+def test_counts_are_counts(script, flags):
+    assert re.search("is less than [12]$", refused(script, *flags.split()))
 
 
 def test_a_checkpoint_of_shapes_has_the_defaults_of_shapes(monkeypatch, tmp_path):

@@ -10,7 +10,6 @@ from PIL import Image
 from rehearsal import save_tiny_mask2former
 from safetensors.torch import load_file, save_file
 
-import eval_geneval
 from support import geneval
 from support.geneval import COLOURS, Detector, filter_detections, instances
 
@@ -70,13 +69,13 @@ def test_what_the_detector_does_not_know_is_said(clause):
     """Such a prompt would have the reward 0 for ever."""
     example = {"tag": "colors", "prompt": "a photo of a red cow",
                "include": [{"class": "cow", "count": 1, "color": "red"}]}
-    geneval.check_metadata([example], tiny=False)
+    geneval.check_metadata([example])
     example["include"][0] |= clause
     with pytest.raises(SystemExit, match="the detector knows, not .* of 'a photo of a red cow'"):
-        geneval.check_metadata([example], tiny=False)
+        geneval.check_metadata([example])
     for lacking in ({"prompt": "a cow"}, {"prompt": "x", "tag": "colors"}):
         with pytest.raises(SystemExit, match="need a tag and metadata"):
-            geneval.check_metadata([lacking], tiny=False)
+            geneval.check_metadata([lacking])
 
 
 # ------------------------------------------------------------------------------ the detector
@@ -114,13 +113,13 @@ def detector(tmp_path_factory):
     save_tiny_mask2former(folder)
     _, weights = tiny_clip(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval_geneval, "COLOUR_CLIP", f"tiny/{weights}")
+        patch.setattr(geneval, "COLOUR_CLIP", f"tiny/{weights}")
         yield Detector(folder)
 
 
 def test_the_detector_end_to_end(detector, monkeypatch):
     """Against the steps one by one, a picture at a time, with open_clip's own classifier."""
-    monkeypatch.setattr(eval_geneval, "THRESHOLD", 0.05)
+    monkeypatch.setattr(geneval, "THRESHOLD", 0.05)
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(rng.integers(0, 256, (3, 3, 10, 8), dtype=np.uint8))
     pictures = pictures.repeat_interleave(5, 2).repeat_interleave(5, 3)

@@ -34,26 +34,25 @@ def test_a_reward_without_a_score_stands_in_no_mean():
 
 def test_the_ratio_of_the_mean_token():
     logp = torch.tensor([0.4, -0.8], dtype=torch.float64, requires_grad=True)
-    value = clipped_objective(logp, torch.zeros(2), torch.tensor([1.0, 1.0]), 0.7, 1.2, length=4)
+    value = clipped_objective(logp / 4, torch.tensor([1.0, 1.0]), 0.7, 1.2)
     assert value.item() == pytest.approx((math.exp(0.1) + math.exp(-0.2)) / 2)
     value.backward()
     assert logp.grad.tolist() == pytest.approx([math.exp(0.1) / 8, math.exp(-0.2) / 8])
-    nothing_moved = torch.zeros(2), torch.zeros(2), torch.tensor([1.0, 3.0])
-    assert clipped_objective(*nothing_moved, length=0) == 2.0
+    assert clipped_objective(torch.zeros(2), torch.tensor([1.0, 3.0])) == 2.0
 
 
 def test_micro_batches_weighed_by_their_rows_are_the_whole():
     logp = torch.linspace(-0.3, 0.3, 5).requires_grad_()
-    old, adv = torch.zeros(5), torch.tensor([1.0, -2, 3, -1, 2])
-    whole, = torch.autograd.grad(clipped_objective(logp, old, adv), logp)
+    adv = torch.tensor([1.0, -2, 3, -1, 2])
+    whole, = torch.autograd.grad(clipped_objective(logp, adv), logp)
     for rows in torch.arange(5).split(2):
-        (clipped_objective(logp[rows], old[rows], adv[rows]) * len(rows) / 5).backward()
+        (clipped_objective(logp[rows], adv[rows]) * len(rows) / 5).backward()
     torch.testing.assert_close(logp.grad, whole)
 
 
 def test_far_ratios_have_a_finite_gradient():
     logp = torch.tensor([95.0, 95.0, -95.0, -95.0], requires_grad=True)
-    value = clipped_objective(logp, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    value = clipped_objective(logp, torch.tensor([1.0, -1.0, 1.0, -1.0]))
     value.backward()
     assert value.isfinite() and logp.grad.isfinite().all()
 
@@ -81,7 +80,7 @@ def test_objective_is_equation_10():
     torch.manual_seed(0)
     logp, old, ref = (torch.randn(6, 5, dtype=torch.float64) * s for s in (0.3, 0.3, 0.2))
     adv = torch.randn(6, dtype=torch.float64)
-    ours = clipped_objective(logp, old, adv, 0.9, 1.2) - 0.3 * kl_k3(logp, ref)
+    ours = clipped_objective(logp - old, adv[:, None], 0.9, 1.2) - 0.3 * kl_k3(logp, ref)
     as_lists = [x.tolist() for x in (logp, old, ref, adv)]
     assert ours.item() == pytest.approx(slow_objective(*as_lists, 0.9, 1.2, 0.3), abs=1e-12)
     assert kl_k3(logp, ref) > 0 and kl_k3(logp, logp) == 0
@@ -92,15 +91,15 @@ def test_objective_is_equation_10():
 def test_clip_is_asymmetric_and_stops_the_gradient(sign, free):
     ratio = torch.tensor([0.8, 0.95, 1.0, 1.1, 1.3], dtype=torch.float64)
     logp = ratio.log().requires_grad_()
-    clipped_objective(logp, torch.zeros(5), torch.full((5,), sign)).backward()
+    clipped_objective(logp, torch.full((5,), sign)).backward()
     assert [g != 0 for g in logp.grad.tolist()] == free
 
 
 def test_on_policy_the_objective_is_the_mean_advantage():
     logp = torch.randn(4, requires_grad=True)
-    value = clipped_objective(logp, logp, torch.tensor([1.0, 2, 3, 4]))
+    value = clipped_objective(logp - logp.detach(), torch.tensor([1.0, 2, 3, 4]))
     assert value.item() == pytest.approx(2.5)
-    value.backward()        # those of the policy that sampled have no gradient
+    value.backward()
     torch.testing.assert_close(logp.grad, torch.tensor([1.0, 2, 3, 4]) / 4)
 
 
@@ -122,7 +121,8 @@ def objective_of(weights, traj, adv, kind, old, reference, low=0.9, high=1.2):
         ref_columns.append(transition_log_prob(reference[state].cumsum(1), traj, t, kind))
     logp, logp_ref = torch.stack(columns, 1), torch.stack(ref_columns, 1)
     old = logp.detach() if old is None else old
-    return clipped_objective(logp, old, adv, low, high) - 0.05 * kl_k3(logp, logp_ref), logp
+    objective = clipped_objective(logp - old, adv[:, None], low, high)
+    return objective - 0.05 * kl_k3(logp, logp_ref), logp
 
 
 @pytest.mark.parametrize("kind", ["p1", "p2", "ar"])
@@ -161,30 +161,45 @@ def test_gradient_matches_finite_differences(kind, moved):
 
 # ------------------------------------------------------------------------------ the filter
 
+def judge(f, std):
+    """Ask a filter about groups and let it remember them -> Bool[P]."""
+    passed = f.passes(std)
+    f.remember(std)
+    return passed
+
+
 def test_filter_rejects_low_groups_after_its_warmup():
     f = SampleFilter(percentile=10, warmup=10)
-    assert f.judge(torch.tensor([0.0] + [1.0] * 8)).all() and f.bar is None
-    assert f.judge(torch.tensor([0.0])).all()
-    assert f.judge(torch.tensor([0.5])).all()        # 2 of 10 are 0: the 10th percentile is 0
-    f.judge(torch.linspace(1, 2, 30))
+    assert judge(f, torch.tensor([0.0] + [1.0] * 8)).all() and f.bar is None
+    assert judge(f, torch.tensor([0.0])).all()
+    assert judge(f, torch.tensor([0.5])).all()      # 2 of 10 are 0: the 10th percentile is 0
+    judge(f, torch.linspace(1, 2, 30))
     assert f.bar == pytest.approx(sorted(f.history)[4])     # of 41, the fifth smallest
-    passed = f.judge(torch.tensor([0.4, 0.99, 1.0, 3.0]))
+    passed = judge(f, torch.tensor([0.4, 0.99, 1.0, 3.0]))
     assert passed.tolist() == [False, False, True, True]
     assert len(f.history) == 45                     # rejected groups are remembered too
+    assert f.passes(torch.ones(9)).all() and len(f.history) == 45       # asking changes nothing
+
+
+def test_a_group_without_spread_is_low_even_where_the_bar_is_0():
+    """Rewards of 0 and 1: nearly half of all groups have no spread, nothing lies under the bar."""
+    f = SampleFilter(percentile=10, warmup=4)
+    judge(f, torch.tensor([0.0, 0.0, 0.5, 0.5]))
+    assert f.bar == 0
+    assert judge(f, torch.tensor([0.0, 0.5, math.nan])).tolist() == [False, True, True]
 
 
 def test_filter_keeps_what_is_not_finite_and_forgets_it():
     f = SampleFilter(percentile=50, warmup=1)
-    f.judge(torch.ones(4))
-    passed = f.judge(torch.tensor([math.nan, math.inf, 0.5]))
+    judge(f, torch.ones(4))
+    passed = judge(f, torch.tensor([math.nan, math.inf, 0.5]))
     assert passed.tolist() == [True, True, False] and f.history == [1, 1, 1, 1, 0.5]
 
 
 def test_filter_state():
     f, g = SampleFilter(warmup=2), SampleFilter(warmup=2)
-    f.judge(torch.rand(30))
+    f.remember(torch.rand(30))
     g.load_state_dict(f.state_dict())
     assert g.bar == f.bar is not None
-    f.judge(torch.ones(3))
+    f.remember(torch.ones(3))
     assert len(g.history) == 30
-    assert SampleFilter.keep is SampleFilter.judge      # the call's former name

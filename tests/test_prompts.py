@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 from helpers import run
 
-import eval_geneval
 from prompts import make_geneval
+from shapes import world
 from support import geneval
 from support.prompts import read_prompts
 
@@ -82,6 +82,14 @@ def test_the_553_prompts():
     assert len(make_geneval.geneval_prompts(seed=7, n=5)) == 30
 
 
+@pytest.mark.parametrize("name, made", [
+    ("prompts/geneval.jsonl", make_geneval.geneval_prompts()),
+    ("shapes/train.jsonl", world.prompts("train")), ("shapes/eval.jsonl", world.prompts("eval"))])
+def test_files_and_what_makes_them_agree(name, made):
+    assert read_prompts(name) == made
+    assert name != "prompts/geneval.jsonl" or len(made) == 553
+
+
 def asked(example):
     """What a prompt asks: classes with counts and colours; of a position, the pair and the axis."""
     things = frozenset((c["class"], c["count"], c.get("color")) for c in example["include"])
@@ -91,10 +99,10 @@ def asked(example):
 
 
 def test_training_prompts_are_geneval_s_and_none_of_the_553(tmp_path):
-    run(eval_geneval, "--write-prompts", tmp_path / "train.jsonl", "--n", 6800)
+    run(make_geneval, "--train", tmp_path / "train.jsonl", "--n", 6800)
     examples = read_prompts(tmp_path / "train.jsonl")
     assert examples == make_geneval.training_prompts(6800) and len(examples) == 6800
-    geneval.check_metadata(examples, tiny=False)
+    geneval.check_metadata(examples)
     official = {asked(example) for example in make_geneval.geneval_prompts()}
     assert not official & {asked(example) for example in examples}
 

@@ -69,9 +69,7 @@ def test_schedule_with_more_iterations_than_tokens():
     assert mask_schedule(5, 1).tolist() == [0]
 
 
-def test_annealing_by_name():
-    assert temperatures(4, 2.0, "linear") == [1.5, 1.0, 0.5, 0.0]
-    assert temperatures(4, 2.0, "none") == [2.0] * 4
+def test_the_noise_compounds():
     assert temperatures(4, 2.0) == pytest.approx([1.5, 0.75, 0.1875, 0.0])
 
 
@@ -287,8 +285,11 @@ def test_the_threshold_is_the_sampling_policy_s_for_every_policy():
         wanted = torch.where(newly, take(p, traj.codes).log(), 0).sum(1)
         wanted += torch.where(remasked & (tail > 0), tail.log(), 0).sum(1)
         torch.testing.assert_close(transition_log_prob(others, traj, t, "p1"), wanted)
-    with pytest.raises(AssertionError, match="threshold"):
-        transition_log_prob(logits, Trajectory(traj.codes, traj.order, None, 6), 0, "p1")
+    bare = Trajectory(traj.codes, traj.order, None, 6)
+    for kind, message in (("p1", "threshold"), ("ar", "sampled"), ("P1", "'P1' is none of")):
+        with pytest.raises(ValueError, match=message):
+            transition_log_prob(logits, bare, 0, kind)
+    assert transition_log_prob(logits, bare, 0, "p2").shape == (3,)
 
 
 @pytest.mark.parametrize("kind", ["p1", "p2", "ar"])
@@ -339,13 +340,11 @@ def test_groups_do_not_influence_each_other():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-@pytest.mark.parametrize("annealing", ["compound", "linear", "none"])
-def test_schedule_and_temperature_as_lists_are_the_named_ones(schedule, annealing):
+def test_schedule_and_temperature_as_lists_are_the_named_ones(schedule):
     N, K, T = 11, 6, 5
     size = (toy_policy(K), 4, N, K, T)
-    named = rollout(*size, generator=seeded(0), schedule=schedule, annealing=annealing,
-                    temperature=0.7)
-    stay, noise = mask_schedule(N, T, schedule), temperatures(T, 0.7, annealing)
+    named = rollout(*size, generator=seeded(0), schedule=schedule, temperature=0.7)
+    stay, noise = mask_schedule(N, T, schedule), temperatures(T, 0.7)
     same(named, rollout(*size, generator=seeded(0), schedule=stay.tolist(), temperature=noise))
 
 
@@ -376,8 +375,18 @@ def test_a_start_that_is_partly_masked():
 
 
 def test_a_policy_that_predicts_the_mask_too_is_refused():
-    with pytest.raises(AssertionError, match=r"\[5, 4, 4\].*\[5, 4, 3\]"):
+    with pytest.raises(ValueError, match=r"\[5, 4, 4\].*\[5, 4, 3\]"):
         rollout(lambda codes: torch.zeros(5, 4, 4), 5, 4, 3, 2, generator=seeded(0))
+
+
+@pytest.mark.parametrize("how, message", [
+    (dict(start=torch.tensor([[3, 3, 0, 0], [3, 3, 3, 0]])), "different numbers of masked tokens"),
+    (dict(generator=seeded(0, 1, 2)), "3 generators cannot share 2 rows"),
+    (dict(schedule=[2, 1]), "must end with 0 masked tokens"), (dict(schedule=[2, 1, 0]), "2 entri"),
+    (dict(temperature=[1.0]), "need 2 entries")])
+def test_what_a_rollout_cannot_do_is_said(how, message):
+    with pytest.raises(ValueError, match=message):
+        rollout(toy_policy(3), 2, 4, 3, 2, **{"generator": seeded(0), **how})
 
 
 def test_a_mask_inside_the_vocabulary_is_never_drawn_once_it_is_forbidden():
@@ -520,7 +529,7 @@ def test_marginals_are_those_of_a_plain_sampler(showo):
     with torch.no_grad():
         plain = torch.cat([plain_sampler(showo, prompt.ids[0], B, T, g) for _ in range(times)])
         assert distance(ours(times), plain) < 1
-        other = ours(times // 2, annealing="none")
+        other = ours(times // 2, temperature=[1.0] * T)
     assert distance(other, plain) > 1, "another annealing must be told apart"
 
 
@@ -574,7 +583,7 @@ def test_micro_batches_bound_rollouts_and_evaluations_and_change_no_picture(base
 
     def rolled_out(micro_batch):
         args.micro_batch = micro_batch
-        return train.sample_groups(examples, [(0, i) for i in range(2)], args, base[0]).codes
+        return train.sample_groups(examples, [(0, i) for i in range(2)], args, base[0])[1].codes
     with monkeypatch.context() as patch:        # of two texts or one at a time
         patch.setattr(Showo, "policy", row_by_row(Showo.policy))
         assert torch.equal(rolled_out(12), rolled_out(6))

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from amused import amused_policy
-from diffusers import AmusedScheduler, UVit2DModel
-from diffusers.schedulers import scheduling_amused
 
-import model  # noqa: F401  (before diffusers: it mends a torchvision that cannot be imported)
 from sample import choose_and_move, mask_schedule, rollout, transition_log_prob
+from support.weights import library
+
+library("transformers")     # before diffusers: it mends a torchvision that cannot be imported
+from diffusers import AmusedScheduler, UVit2DModel  # noqa: E402
+from diffusers.schedulers import scheduling_amused  # noqa: E402
 
 P, G, H, T, K, MASK = 2, 3, 4, 6, 64, 71
 N = H * H

@@ -173,7 +173,7 @@ def test_curves(call, tmp_path):
 
 
 def test_the_prompt_files_are_what_their_generator_makes(call, tmp_path):
-    call("make_prompts", "--out", tmp_path)
+    call("prompts.make_prompts", "--out", tmp_path)
     for name in ("train.txt", "eval.txt"):
         assert (tmp_path / name).read_bytes() == (ROOT / "prompts" / name).read_bytes()
     texts = make_prompts.captions(5012, 0)

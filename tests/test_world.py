@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import world as measured  # noqa: E402
+import world as measured
 from helpers import ROOT, equal, weights
 
 from model import to_uint8
-from shapes import pretrain  # noqa: E402
+from shapes import pretrain, world
 from support.geneval import exact_score, filter_detections, relative_position, score, verdicts
 
 N_PICTURES = 2000
@@ -148,10 +148,10 @@ def test_codes_are_the_templates(pictures, base):
 
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory):
-    """What results/measured.py writes of 3 pictures of each prompt that it takes."""
-    path = tmp_path_factory.mktemp("world") / "measured.json"
+    """What tools/world.py writes of 3 pictures of each prompt that it takes."""
+    path = tmp_path_factory.mktemp("world") / "world.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["measured.py", "--n", "3", "--json", str(path)])
+        patch.setattr(sys, "argv", ["world.py", "--n", "3", "--json", str(path)])
         measured.main()
     return json.loads(path.read_text())
 
@@ -182,7 +182,7 @@ def test_the_opposite_of_a_relation_is_seen(base, monkeypatch):
             codes = [pretrain.codes_of(pretrain.arrange(change(line, rng), rng), rng)
                      for line in lines for _ in range(n)]
             return SimpleNamespace(codes=torch.tensor(codes)), None
-        monkeypatch.setattr(world, "draw", draw)
+        monkeypatch.setattr(measured, "draw", draw)
         for row in measured.relations(*base, n=2, T=12).values():
             assert row.pop(key) > 0.9 and not sum(row.values())
 
