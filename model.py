@@ -172,10 +172,8 @@ class Showo(nn.Module):
         self.text_vocab = config["llm_vocab_size"]
         self.code_offset = self.text_vocab + len(SPECIALS)
         self.pad, self.soi, self.eoi, _, _, self.t2i = range(self.text_vocab, self.text_vocab + 6)
-        if config["vocab_size"] != self.code_offset + self.K + 1:
-            raise ValueError("config.json: the vocabulary is not text, specials, codes and mask")
-        if self.phi["hidden_act"] != "gelu_new" or self.phi.get("rope_scaling"):
-            raise ValueError("phi_config.json: only Phi with gelu_new, without rope_scaling")
+        assert config["vocab_size"] == self.code_offset + self.K + 1, "the vocabulary's parts"
+        assert self.phi["hidden_act"] == "gelu_new" and not self.phi.get("rope_scaling"), "not Phi"
         self.showo = Phi(config["vocab_size"], self.phi)
 
     @property
@@ -418,8 +416,7 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
     own_tokenizer = folder if (folder / "tokenizer_config.json").exists() else "microsoft/phi-1_5"
     folder = fetch(tokenizer or own_tokenizer, *disk.TOKENIZER)
     text = library("transformers").AutoTokenizer.from_pretrained(folder)
-    if len(text) > config["llm_vocab_size"]:
-        raise ValueError(f"{folder}: the tokenizer has more entries than the model")
+    assert len(text) <= config["llm_vocab_size"], "the tokenizer has more entries than the model"
     with torch.device("meta"):
         model = Showo(config, phi, text)
     load_strict(model, state, path)

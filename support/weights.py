@@ -153,7 +153,9 @@ def write_model(folder, name, state, **configs):
         write_json(path.with_name(f"{key}.json"), config)
     tmp = path.with_name(f".{path.name}")
     save_file({k: w.contiguous() for k, w in state.items()}, tmp, metadata={"format": "pt"})
-    os.chmod(tmp, path.parent.stat().st_mode & 0o666)       # save_file makes it the owner's only
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(tmp, 0o666 & ~umask)       # save_file makes files that only the owner can read
     os.replace(tmp, path)
 
 

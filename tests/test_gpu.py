@@ -165,10 +165,15 @@ def test_two_processes_by_nccls_rules(two):
     for name, weight in states[1].items():
         assert (weight - states[0][name]).norm() <= 1e-3 * states[0][name].norm()
     assert len(list((two / "pictures").glob("*.png"))) == 3
+    # AdamW is fused on a GPU without shards: what the run wants counts, not what its file says
+    for run, fused in (("then-zero", False), ("then-plain", True)):
+        assert [row["taken"] for row in metrics(two / run)] == [1, 1]
+        state = torch.load(two / run / "checkpoint-2/optimizer.pt", "cpu", weights_only=True)
+        assert state["param_groups"][0]["fused"] is fused
 
 
 def test_a_dropped_move_to_the_gpu_is_caught(tmp_path):
-    for name in (*(path.name for path in ROOT.glob("*.py")), "shapes", "prompts"):
+    for name in (*(path.name for path in ROOT.glob("*.py")), "shapes", "prompts", "support"):
         (tmp_path / name).symlink_to(ROOT / name)
     text, move = (ROOT / "model.py").read_text(), "Prompt(ids.to(self.device), "
     assert text.count(move) == 1
@@ -375,6 +380,9 @@ def main_of_two(out):
     flags = ["train.py", *FLAGS, "--prompts-per-step", 2, "--no-kl"]
     call(train.main, *flags, "--out", out / "plain")
     call(train.main, *flags, "--out", out / "zero", "--zero")
+    call(train.main, *flags, "--out", drop_last(out / "plain", out / "then-zero"), "--resume",
+         "--zero")
+    call(train.main, *flags, "--out", drop_last(out / "zero", out / "then-plain"), "--resume")
     call(sample.main, "sample.py", "--model", "shapes", "--prompt", "a photo of a red circle",
          "--prompt", "a photo of two stars", "--prompt", "a photo of a cat", "--steps", 2,
          "--no-compile", "--out", out / "pictures")

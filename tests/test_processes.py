@@ -5,13 +5,14 @@ Started by torchrun, test_processes.py OUT: train.py's main in two processes, in
 the other; what each leaves in its folder under OUT is looked at by the tests."""
 import json
 import os
+import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ from support import run as runs
 # token can be drawn
 FLAGS = (*TINY, *"--filter-low --micro-batch 4 --eval-n 4".split())
 EVALUATED = ("--eval-every", 2)
-PLAIN = {name: getattr(train, name) for name in ("load_policy", "make_reward", "update")}
+PLAIN = {name: getattr(train, name) for name in (
+    "load_policy", "make_reward", "update", "clipped_objective")}
 GRADIENTS = []
 
 
@@ -131,21 +133,25 @@ def test_alone_python_reports_what_is_not_expected(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="a bug"):
         processes.run(lambda: int("a bug"))
-    monkeypatch.setattr(processes.os, "_exit", sys.exit)
-    assert ends(torch.OutOfMemoryError("tried to allocate 3 GiB")) == 1
-    said = capsys.readouterr().err
-    assert "--micro-batch" in said and "--grad-checkpoint" in said and "--lora" in said
 
 
-def test_a_lack_of_gpu_memory_says_what_to_try(monkeypatch, capsys):
+@pytest.mark.parametrize("script", ["train", "sample", "eval_geneval"])
+def test_a_lack_of_gpu_memory_names_flags_that_the_script_has(monkeypatch, capsys, script):
     def too_much(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-    monkeypatch.setattr(processes, "STORE", None)
+    monkeypatch.setattr(processes, "setup", too_much)
     monkeypatch.setattr(processes.os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--model", "shapes", "--out", "x",
+                                      *["--prompt", "x"] * (script == "sample")])
     with pytest.raises(SystemExit):
-        processes.run(too_much.__get__(0))
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
     said = capsys.readouterr().err
-    assert all(flag in said for flag in ("--micro-batch", "--grad-checkpoint", "--lora"))
+    named = re.findall(r"--[\w-]+", said)
+    assert said.startswith("out of GPU memory: take") and said.count("\n") == 1 and named
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert set(named) <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
 
 
 # ------------------------------------------------------------------------------ together
@@ -166,7 +172,7 @@ def two(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_policy", recorded)
         patch.setattr(train, "SampleFilter", early_filter)
-        patch.setattr(runs, "StopSignal", lambda: SimpleNamespace(number=0))   # no handlers
+        patch.setattr(runs.signal, "signal", lambda *_: None)                   # no handlers
         GRADIENTS.clear()
         call(*FLAGS, "--out", out / "one", "--prompts-per-step", 8, *EVALUATED)
         gradients_of_one = list(GRADIENTS)
@@ -340,6 +346,7 @@ def test_torchrun_passes_a_signal_on_and_every_process_saves(tmp_path):
 DIES = f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
+from support import processes
 plain = train.sample_groups
 
 def sample_groups(examples, keys, *rest):
@@ -389,16 +396,17 @@ def spoil_rewards(*how):
 
 def spoil_gradients(step_at):
     """Let a gradient of process 1 be infinite, in a step, or in all of them (None)."""
-    def update(step, examples, traj, adv, *rest):
-        if processes.rank() == 1 and step_at in (step, None):
-            adv = adv * float("inf")
-        return PLAIN["update"](step, examples, traj, adv, *rest)
+    def update(groups, *rest):
+        spoilt = processes.rank() == 1 and step_at in (groups.keys[0][1], None)
+        factor = float("inf") if spoilt else 1
+        train.clipped_objective = lambda *args: PLAIN["clipped_objective"](*args) * factor
+        return PLAIN["update"](groups, *rest)
     train.update = update
 
 
-def ask_to_stop(step, *rest):
-    numbers = PLAIN["update"](step, *rest)
-    if step == 1 and processes.rank() == 1:
+def ask_to_stop(groups, *rest):
+    numbers = PLAIN["update"](groups, *rest)
+    if groups.keys[0][1] == 1 and processes.rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return numbers
 
@@ -449,10 +457,10 @@ def main(out):
     spoil_gradients(None)
     with pytest.raises(SystemExit) as error:
         scenario("never-finite", "--steps", 25, "--prompts-per-step", 1, "--unmask-steps", 1,
-                 "--no-filter-low")
+                 "--no-filter-low", "--reward", "clip:shapes/clip")     # no A is 0
     (out / f"never-finite-{processes.rank()}.txt").write_text(str(error.value))
 
-    train.update = ask_to_stop
+    train.update, train.clipped_objective = ask_to_stop, PLAIN["clipped_objective"]
     with pytest.raises(SystemExit) as error:
         scenario("asked", "--steps", 5, "--save-every", 0)
     assert error.value.code == 128 + signal.SIGTERM
