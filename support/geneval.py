@@ -201,7 +201,8 @@ def shares(rows, correction=0) -> dict:
         means = torch.tensor([np.nanmean(v) if np.isfinite(v).any() else math.nan
                               for v in by_prompt.values()]).double()
         means = means[means.isfinite()]
-        error = means.std(correction=correction).item() / max(len(means), 1) ** 0.5
+        error = (means - means.mean()).square().sum() / max(len(means) - correction, 1)
+        error = (error / max(len(means), 1)).sqrt().item()
         found[tag] = values.nanmean().item(), error
     mean, error = torch.tensor(list(found.values())).double().T
     overall = mean.nanmean().item(), error.square().sum().sqrt().item() / len(error)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -434,8 +435,8 @@ MANY = ("--model shapes --no-kl --prompts-per-step 1 --group-size 4 --unmask-ste
 
 
 def test_two_machines_with_one_folder_and_with_two():
-    def both(first, second, *command, port=29571):
-        return finish(*(torchrun(folder, ROOT / command[0], *command[1:], node=node, port=port)
+    def both(first, second, *command, n=1):
+        return finish(*(torchrun(folder, ROOT / command[0], *command[1:], node=node, n=n)
                         for node, folder in enumerate((first, second))))
 
     for name in ("one", "a", "b"):
@@ -445,29 +446,28 @@ def test_two_machines_with_one_folder_and_with_two():
     printed, codes = both("one", "one", "train.py", *MANY, "--steps", 3, "--resume")
     assert codes == [0, 0] and [row["step"] for row in metrics(Path("one/run"))] == [1, 2, 3]
 
-    # folders of their own: the second machine has no checkpoint, then another one
+    # folders of their own, in which the second machine has older weights
     shutil.copytree("one/run", "a/run")
-    printed, codes = both("a", "b", "train.py", *MANY, "--steps", 4, "--resume")
-    said = "checkpoint-3 is not on the machine of process 1; every machine needs it"
-    assert 0 not in codes and "".join(printed).count(said) == 1
     shutil.copytree("one/run", "b/run")
     name = "pytorch_model.safetensors"
     shutil.copy(f"b/run/checkpoint-2/{name}", f"b/run/checkpoint-3/{name}")
     printed, codes = both("a", "b", "train.py", *MANY, "--steps", 4, "--resume")
     assert 0 not in codes and "".join(printed).count("the processes differ in their weights") == 1
 
-    # all pictures are scored, though each machine has its own
-    shutil.copy("few.jsonl", "a")
-    shutil.copy("few.jsonl", "b")
-    flags = "--model shapes --images-per-prompt 1 --steps 2 --prompts few.jsonl --out out".split()
-    printed, codes = both("a", "b", "eval_geneval.py", *flags)
-    assert codes == [0, 0] and "Total images: 3\n" in printed[0]
-
-
-def test_more_processes_than_prompts():
+    # all pictures are scored, though each machine has its own, and two of four processes have none
+    for name in ("a", "b"):
+        shutil.copy("other.jsonl", name)
     flags = "--model shapes --images-per-prompt 2 --steps 2 --prompts other.jsonl --out out".split()
-    printed, codes = finish(torchrun(".", ROOT / "eval_geneval.py", *flags, n=3))
-    assert codes == [0] and read_json(Path("out/summary.json").resolve())["images"] == 4
+    printed, codes = both("a", "b", "eval_geneval.py", *flags, n=2)
+    assert codes == [0, 0] and "Total images: 4\n" in printed[0]
+    assert [len(list(Path(name).rglob("0*.png"))) for name in ("a/out", "b/out")] == [4, 0]
+
+
+def test_a_machine_without_the_checkpoint_ends_the_run(monkeypatch):
+    args = SimpleNamespace(resume="auto", out="run", model="shapes", seed=1)
+    monkeypatch.setattr(support.run, "of_first", lambda chosen: (Path("run"), Path("run/check-3")))
+    with pytest.raises(SystemExit, match="run/check-3 is not on the machine of process 0; every"):
+        support.run.open_run(args)
 
 
 PADDED = f"""import sys, time
@@ -483,12 +483,12 @@ def pause(seconds):
 
 def update(*args):
     print("updating", processes.rank(), flush=True)
-    pause(2.5)
+    pause(1.5)
     return plain_update(*args)
 
 def write_checkpoint(*args):
     print("saving", flush=True)
-    pause(2.5)
+    pause(2)
     plain_write(*args)
 train.update, run.write_checkpoint = update, write_checkpoint
 processes.run(train.main)
@@ -499,25 +499,24 @@ def children(pid):
     return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("whom", ["workers", "torchrun"])
-def test_a_signal_in_a_slow_step_and_again_in_a_slow_save(whom):
-    """SLURM and Kubernetes signal all workers, a user torchrun; both may do it twice."""
+def test_a_signal_in_a_slow_step_and_again_in_a_slow_save():
+    """SLURM and Kubernetes signal all workers, then torchrun and a user signal them once more."""
     Path("padded.py").write_text(PADDED)
     started = torchrun(".", "padded.py", *MANY, "--steps", 50, "--save-every", 0, n=2)
     workers = []
 
-    def signal_them():
-        for pid in workers if whom == "workers" else [started.pid]:
+    def signal_them(pids):
+        for pid in pids:
             os.kill(pid, signal.SIGTERM)
     printed = ""
     for line in started.stdout:
         printed += line
         if printed.count("updating") == 4 and not workers:      # both in their second step
             workers = children(started.pid)
-            signal_them()
+            signal_them(workers)
         if line.startswith("saving"):
             time.sleep(1.2)
-            signal_them()
+            signal_them([*workers, started.pid])
     started.wait(60)
     assert len(workers) == 2 and started.returncode != 0
     assert "stopped by a signal after step 2; go on with --resume --out run" in printed

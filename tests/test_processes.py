@@ -9,6 +9,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import (
+    DATA,
     ROOT,
     TINY,
     call,
@@ -39,8 +41,8 @@ from support import run as runs
 
 # a group at a time, in evaluation too: in batches of another size rounding differs, so that another
 # token can be drawn
-FLAGS = (*TINY, *"--filter-low --micro-batch 4 --eval-n 4".split())
-EVALUATED = ("--eval-every", 2)
+FLAGS = (*TINY, *"--filter-low --micro-batch 4 --eval-n 4 --unmask-steps 2".split())
+EVALUATED = ("--eval-every", 2, "--eval-prompts", DATA / "eval.jsonl")
 PLAIN = {name: getattr(train, name) for name in (
     "load_policy", "make_reward", "update", "clipped_objective")}
 GRADIENTS = []
@@ -156,6 +158,20 @@ def test_a_lack_of_gpu_memory_names_flags_that_the_script_has(monkeypatch, capsy
 
 # ------------------------------------------------------------------------------ together
 
+def together(*command, n=2):
+    """Run n processes that know of each other, as torchrun does but without its own process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK":
+                                     str(rank), "WORLD_SIZE": str(n)}) for rank in range(n)]
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+
+
 def torchrun(*command, n=2):
     """Start n processes as a user does -> subprocess.Popen."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n]
@@ -182,17 +198,13 @@ def two(tmp_path_factory):
         write_lines(out / "few.jsonl", world.prompts("train")[5:8] * 2)
         few = ("--prompts", out / "few.jsonl", "--no-filter-low")
         call(*FLAGS, "--out", out / "three-as-one", "--prompts-per-step", 6, *few)
-        started = torchrun(ROOT / "train.py", *FLAGS, "--out", out / "three", "--prompts-per-step",
-                           2, *few, n=3)
-        _, errors = started.communicate(timeout=300)
-        assert started.returncode == 0, errors[-3000:]
+        together(ROOT / "train.py", *FLAGS, "--out", out / "three", "--prompts-per-step", 2, *few,
+                 n=3)
         shutil.copytree(out / "three", out / "three-then-one",
                         ignore=lambda *_: ["checkpoint-2"])
         call(*FLAGS, "--out", out / "three-then-one", "--prompts-per-step", 6, "--resume", *few)
     torch.save(gradients_of_one, out / "one.pt")
-    started = torchrun(__file__, out)
-    _, errors = started.communicate(timeout=300)
-    assert started.returncode == 0, errors[-3000:]
+    together(__file__, out)
     return out
 
 
