@@ -94,14 +94,16 @@ def main():
     if not out:
         p.error("give --out, the folder to draw into, or --score-only, a folder of pictures")
 
-    examples = read_prompts(args.prompts or ("shapes/eval.jsonl" if tiny
-                                             else "prompts/geneval.jsonl"))
+    if args.score_only:
+        folders = folders_in(out)
+        examples = [json.loads((folder / "metadata.jsonl").read_text()) for folder in folders]
+    else:
+        examples = read_prompts(args.prompts or ("shapes/eval.jsonl" if tiny
+                                                 else "prompts/geneval.jsonl"))
     geneval.check_metadata(examples, *((world.CLASSES, world.COLOURS) if tiny else ()))
     rank, world_size, device = processes.setup(args.device)
     dtype = processes.choose_dtype(args.dtype, device)
-    if args.score_only:
-        folders = folders_in(out)[rank::world_size]
-    else:
+    if not args.score_only:
         pictures.claim_folder(out, pictures.drawn_with(args, examples, dtype))
     # before the drawing, so that its faults show at once
     if not args.images_only:
@@ -114,7 +116,8 @@ def main():
         del draw        # the models, whose memory the detector needs
         folders = [paths[0].parent.parent for paths in files.values()]
     if not args.images_only:
-        rows = [row for folder in folders for row in score_folder(folder, detect)]
+        mine = folders[rank::world_size] if args.score_only else folders
+        rows = [row for folder in mine for row in score_folder(folder, detect)]
         rows = sorted(processes.all_lists(rows), key=lambda row: row["filename"])
         if rank == 0:
             report(out, rows, {"detector": "shapes, exact" if tiny else args.detector,

@@ -6,7 +6,7 @@ samples of each, T iterations.
 Departures from the paper:
 - the log of a ratio is bounded by 60, so that no gradient is NaN;
 - the filter sees some groups before it acts, and keeps the stds of all groups of the run; a group
-  without any spread is low, too;
+  without any spread is low, too; a second sample is taken as it is;
 - a reward that is not finite (no score) has advantage 0, and its group goes on without it.
 Where the released code departs from the paper, and this file does not:
 - released: the KL compares the policy with itself, whose gradient is 0; here: with a frozen one;
@@ -38,9 +38,10 @@ def clipped_objective(log_ratio: torch.Tensor, adv: torch.Tensor, clip_low: floa
     """Return Eq. 10 without its KL, to be maximised: a scalar, the mean over the rows given.
 
     log_ratio Float[B]: the log of Eq. 11, transition_log_prob() minus its value under the policy
-    that sampled, which has no gradient. Divide it by the number of its tokens for the geometric
-    mean of their ratios (GSPO, arXiv 2507.18071, Eq. 7). adv Float[B]. clip_low = 1 - e_low and
-    clip_high = 1 + e_high bound the ratio. Weigh a micro-batch by its share of all rows."""
+    that sampled, which has no gradient. For the geometric mean of the tokens' ratios (GSPO, arXiv
+    2507.18071, Eq. 7) divide it by their number, at least 1: the M of traj.positions(t, kind).
+    adv Float[B]. clip_low = 1 - e_low and clip_high = 1 + e_high bound the ratio. Weigh a
+    micro-batch by its share of all rows."""
     ratio = log_ratio.clamp(max=60).exp()                                           # Eq. 11
     clipped = ratio.clamp(clip_low, clip_high)
     return torch.min(ratio * adv, clipped * adv).mean()                             # Eq. 10
@@ -76,7 +77,8 @@ class SampleFilter:
 
     def passes(self, std: torch.Tensor) -> torch.Tensor:
         """Return Bool[P], False where the caller should sample again, for groups' reward stds
-        Float[P]. Equal rewards never pass (the bar of 0-1 rewards is often 0), NaN always does."""
+        Float[P]. After the warm-up equal rewards never pass (the bar of 0-1 rewards is often 0);
+        NaN always does."""
         bar = self.bar
         low = torch.zeros_like(std, dtype=torch.bool) if bar is None else (std < bar) | (std == 0)
         return ~low

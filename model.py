@@ -181,8 +181,8 @@ class Showo(nn.Module):
         return self.showo.lm_head.weight.device
 
     def compute_in(self, dtype):
-        """Compute matrix products in dtype. With LoRA the frozen projections are stored in it, too:
-        the merged checkpoint then holds the rounded base, the one that training saw."""
+        """Compute the layers' matrix products in dtype. With LoRA the frozen projections are stored
+        in it, too: the merged checkpoint then holds the rounded base, the one that training saw."""
         self.dtype = dtype
         for module in self.showo.model["layers"].modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -441,13 +441,17 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtyp
 
 
 def describe(showo, magvit, prompts=()) -> str:
-    """Return a line that says what was loaded, and whether prompts are too long for encode()."""
-    n_cut = sum(len(ids) > 128 - 2 for ids in  # <|t2i|> and bos
-                showo.tokenizer(list(prompts))["input_ids"]) if prompts else 0
+    """Return a line that says what was loaded, whether prompts stand twice, and how many of the
+    first 10,000 are too long for encode()."""
     millions = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (showo, magvit)]
-    return (f"{showo.source}: {millions[0]:.1f}M, N {showo.N}, K {showo.K}; {magvit.source}: "
-            f"{millions[1]:.1f}M; on {showo.device}" + (
-                f"; {n_cut} of {len(prompts)} prompts are cut to 128 tokens" if n_cut else ""))
+    line = (f"{showo.source}: {millions[0]:.1f}M, N {showo.N}, K {showo.K}; {magvit.source}: "
+            f"{millions[1]:.1f}M; on {showo.device}")
+    if len(set(prompts)) < len(prompts):
+        line += f"; {len(prompts):,} prompts, {len(set(prompts)):,} different"
+    some = list(prompts[:10_000])
+    n_cut = sum(len(ids) > 128 - 2 for ids in                           # <|t2i|> and bos
+                showo.tokenizer(some)["input_ids"]) if some else 0
+    return line + f"; {n_cut} of {len(some)} prompts are cut to 128 tokens" * bool(n_cut)
 
 
 # ------------------------------------------------------------------------------ MAGVIT-v2

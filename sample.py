@@ -16,7 +16,9 @@ Departures from the paper: Eq. 14's min(cs_t) is the number that the rollout mea
 policy and the old policy alike; a re-masked position whose tail mass is 0, or too small for
 float32, counts as 1 in its product (Eq. 14 has 0 there; the gradient would be infinite).
 Departures from the released code: the last iteration unmasks all (released: one token stays masked
-and never enters the loss); min(cs_t) is a number (released: a bool, which turns Eq. 14 into 15).
+and never enters the loss); min(cs_t) is a number, the least confidence (released: a bool, which
+turns Eq. 14 into 15, of the token whose noisy confidence is least); with Eq. 13 the re-masked stay
+masked in the next state (released: each drawn token is fed back).
 """
 import math
 from dataclasses import dataclass, replace
@@ -208,7 +210,7 @@ def transition_log_prob(logits: torch.Tensor, traj: Trajectory, t: int, kind: st
     ValueError for another kind, and where the rollout did not keep what a kind needs."""
     if kind not in ("ar", "p1", "p2"):
         raise ValueError(f"transition_log_prob: {kind!r} is none of 'ar', 'p1', 'p2'")
-    if (traj.threshold, traj.sampled, 0)[("p1", "ar", "p2").index(kind)] is None:
+    if kind == "p1" and traj.threshold is None or kind == "ar" and traj.sampled is None:
         raise ValueError("Eq. 14 needs the rollout's threshold, Eq. 13 its sampled")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))            # (B, N, K)
     log_norm = logits.logsumexp(-1)     # no log_softmax: it would keep a second (B, N, K)
@@ -275,8 +277,8 @@ def main():
         p.error("give --prompt TEXT, or --prompts FILE")
 
     rank, world, device = processes.setup(args.device)
-    dtype, is_picture = processes.choose_dtype(args.dtype, device), args.out.suffix.lower() in (
-        pictures.SUFFIXES)
+    dtype = processes.choose_dtype(args.dtype, device)
+    is_picture = args.out.suffix.lower() in pictures.SUFFIXES
     if not is_picture:
         pictures.claim_folder(args.out, pictures.drawn_with(args, examples, dtype))
     draw = drawer(args, device, dtype, [e["prompt"] for e in examples])
@@ -286,7 +288,9 @@ def main():
         captions = [e["prompt"] for e in examples for _ in range(args.n)]
         pictures.grid(images, captions, math.ceil(len(images) ** 0.5)).save(args.out)
     else:
-        files = {i: [args.out / f"{i:06d}-{k:02d}.png" for k in range(args.n)]
+        by_name = args.prompts and Path(args.prompts).is_dir() and not args.prompt
+        names = [e["name"] if by_name else f"{i:06d}" for i, e in enumerate(examples)]
+        files = {i: [args.out / f"{names[i]}-{k:02d}.png" for k in range(args.n)]
                  for i in range(rank, len(examples), world)}
         pictures.draw_missing(files, examples, draw, args.batch)
 

@@ -25,6 +25,7 @@ Another number of processes with the same total of prompts per step does so up t
 rounding can flip a draw: from the second step on such runs agree in their statistics, not in every
 token.
 """
+import functools
 import importlib.util
 import itertools
 import math
@@ -106,10 +107,10 @@ def parse_args():
     add("--eval-n", type=count, help="pictures per evaluation prompt")
     add("--eval-unmask-steps", type=count, help="T when evaluating")
     add("--eval-guidance", type=float, help="guidance when evaluating")
-    add("--eval-reward", help="like --reward; parts of weight 0 are logged only (Show-o's default: "
-        "geneval:official with a geneval reward, else --reward)")
-    add("--eval-prompts", help="like --prompts (Show-o's default: 62 of GenEval's if the reward is "
-        "geneval, else prompts/eval.txt)")
+    add("--eval-reward", help="like --reward; parts of weight 0 are logged only (default: "
+        "geneval:official with shapes or a geneval reward, else --reward)")
+    add("--eval-prompts", help="like --prompts (default: shapes/eval.jsonl; Show-o: 62 of GenEval's "
+        "if the evaluation's reward is geneval, else prompts/eval.txt)")
     add("--save-every", type=int, help="steps between checkpoints, 0 = only the last")
     add("--keep-last", type=int, default=0, help="checkpoints, 0 = all")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
@@ -144,11 +145,15 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
+@functools.lru_cache(2)
+def order_of_epoch(n, seed, epoch):
+    return torch.randperm(n, generator=generator("cpu", seed, "prompts", epoch))
+
+
 def example_at(slot, examples, seed):
     """Return example number `slot` of the run. Each epoch is a new random order of all examples."""
     epoch, place = divmod(slot, len(examples))
-    order = torch.randperm(len(examples), generator=generator("cpu", seed, "prompts", epoch))
-    return examples[order[place]]
+    return examples[order_of_epoch(len(examples), seed, epoch)[place]]
 
 
 @torch.no_grad()
@@ -176,8 +181,8 @@ def score_groups(examples, traj, magvit, reward) -> dict:
 
 
 def sample_again(groups, sample_filter, args, showo, magvit, reward, stop) -> int:
-    """Sec. 3.3: sample and score the groups of low reward std again, in place. Return how many,
-    over all processes, which share one history of stds."""
+    """Sec. 3.3: sample and score the groups of low reward std again, once, in place. Return how
+    many, over all processes, which share one history of stds."""
     P, G = groups.rewards["reward"].shape
     std = all_cat(groups.rewards["reward"].std(1)).cpu()                    # (P of all,)
     low = ~sample_filter.passes(std)
@@ -250,13 +255,13 @@ def update(groups, adv, iterations, args, showo, reference, optimizer) -> dict:
     """Maximize Eq. 10 on the rollouts of a step, --inner-epochs times -> numbers for the log.
 
     J = mean of [min(r A, clip(r) A) - beta KL] over the iterations t and the rows j, of all
-    processes, whose adv is a number. A step without such a row, or whose gradient is not finite, is
-    not taken."""
+    processes, whose adv is a number. An optimizer step without such a row, or whose gradient is not
+    finite, is not taken; "taken": whether one was."""
     traj, kind, tally = groups.traj, args.transition, Tally(adv.device)
     counts = adv.isfinite()
     n_terms = all_sum(counts.sum()).item() * len(iterations)    # that Eq. 10 averages over
     logp_old = adv.new_zeros(args.unmask_steps, len(adv))                           # (T, B)
-    kl = adv.new_zeros(())
+    kl, taken = adv.new_zeros(()), 0
 
     # rows with A = 0 count in the mean; without a KL their gradient is 0, so they are skipped
     trained = (counts & ((adv != 0) | bool(reference))).nonzero()[:, 0]
@@ -293,11 +298,11 @@ def update(groups, adv, iterations, args, showo, reference, optimizer) -> dict:
         for p in params:
             p.grad = all_sum(torch.zeros_like(p) if p.grad is None else p.grad)
         norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm or math.inf).item()
-        taken = n_terms > 0 and math.isfinite(norm)
-        if taken:
+        if n_terms > 0 and math.isfinite(norm):
             optimizer.step()
+            taken = 1
         optimizer.zero_grad()
-    return {"taken": int(taken), "grad_norm": norm if n_terms else math.nan, **tally.means()}
+    return {"taken": taken, "grad_norm": norm if n_terms else math.nan, **tally.means()}
 
 
 class Tally:
@@ -349,7 +354,8 @@ def draw_and_score(step, examples, args, showo, magvit, reward, out) -> list:
 
 
 def evaluate(step, examples, args, showo, magvit, reward, out, stop) -> dict:
-    """Return a row of eval.jsonl; "overall" is the mean over tags, as GenEval has it."""
+    """Return a row of eval.jsonl. "overall" is the mean over tags, as GenEval has it; several parts
+    of a reward have a number each."""
     rows = all_lists(stop.call(draw_and_score, step, examples, args, showo, magvit, reward, out))
     rows.sort(key=lambda row: row[0])
     means = {name: geneval.shares([(examples[i].get("tag", ""), i, scores[name])
@@ -410,7 +416,7 @@ def load_policy(args, device, folder, trainer):
     showo.grad_checkpoint = args.grad_checkpoint
 
     settings = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
-                    fused=device.type == "cuda" and not args.zero)
+                    fused=(device.type == "cuda" and not args.zero) or None)
     params = list(showo.trainable().values())
     if args.zero:
         from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -440,9 +446,39 @@ def bits(showo):
                for p in showo.parameters())
 
 
-def in_vain(numbers, out):
-    """Return the line for many steps that were not taken; numbers: of the last one."""
-    if math.isnan(numbers["grad_norm"]) and math.isnan(numbers["ratio_mean"]):
+def describe_run(args, settings, examples, showo, magvit, trainer, out) -> str:
+    """Return what a run prints at its start."""
+    n = args.prompts_per_step * settings["processes"]
+    lines = [describe(showo, magvit, [e["prompt"] for e in examples]),
+             f"{settings['processes']} x {showo.device.type}; {len(examples)} prompts; "
+             f"{flags.typed()}",
+             f"one step: {n} prompts x {args.group_size} = {n * args.group_size} pictures, x "
+             f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations; output in {out}"]
+    if trainer and (changed := run.changes(trainer["args"], settings)):
+        lines.append(f"changed since: {changed}")
+    return "\n".join(lines)
+
+
+def row_of_step(step, groups, adv, numbers, n_again, times, args) -> dict:
+    """Return a row of metrics.jsonl, over all processes."""
+    s_rollout, s_reward, s_update = (b - a for a, b in itertools.pairwise(times))
+    rewards = {name: all_cat(r) for name, r in groups.rewards.items()}      # (P of all, G)
+    return {"step": step + 1, "reward_mean": rewards["reward"].nanmean().item(),
+            "reward_std": rewards["reward"].std(1).nanmean().item(), "resampled": n_again,
+            "adv_zero": (all_cat(adv.nan_to_num(0)) == 0).float().mean().item(),
+            **{name: r.nanmean().item() for name, r in rewards.items()}, **numbers,
+            "lr": learning_rate(step, args), "s_rollout": s_rollout, "s_reward": s_reward,
+            "s_update": s_update,
+            "images_per_s": rewards["reward"].numel() / (times[-1] - times[0]),
+            "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30}        # 0 on a CPU
+
+
+def in_vain(row, out, unread):
+    """Return the line for steps that were not taken; row: the last one's; unread: a judge's answer
+    in which no score was found, if any."""
+    if unread:
+        return f"no picture of the step has a score. A judge's answer that was not read: {unread!r}"
+    if math.isnan(row["reward_mean"]):
         why, what = "no score", "see what the reward answers, then go on with --resume"
     else:
         why, what = "not finite", "with a smaller --lr"
@@ -456,46 +492,30 @@ def main():
     trainer = run.load_trainer(folder, args) if folder else None
     examples, reward, held_out, eval_reward = load_task(args, device)
     showo, magvit, reference, optimizer = load_policy(args, device, folder, trainer)
+    sample_filter = SampleFilter(warmup=48)         # three steps of 16 prompts
     # specs without the passwords of URLs
     settings = vars(args) | {"reward": reward.spec, "eval_reward": eval_reward.spec,
                              "processes": world_size}
     processes.demand_equal(flags={k: v for k, v in settings.items() if k not in run.FREE},
                            prompts=(examples, held_out), weights=bits(showo))
-    sample_filter = SampleFilter(warmup=48)         # three steps of 16 prompts
-    start, evaluated = 0, False
-    if trainer:
-        start = trainer["step"]
-        sample_filter.load_state_dict(trainer["filter"])
-    if rank == 0:
-        run.rewind(out, start if trainer else -1)
-        evaluated = start in [row["step"] for row in run.read_rows(out / "eval.jsonl")]
-    evaluated = processes.of_first(evaluated)
 
+    start, evaluated = run.begin(out, trainer, sample_filter)
     log, stop, models = run.Log(out, settings, start), run.StopSignal(), (showo, magvit)
-    P, G = args.prompts_per_step, args.group_size
-    log.say(describe(*models, [e["prompt"] for e in examples]))
-    log.say(f"{world_size} x {device.type}; {len(examples)} prompts; {flags.typed()}\n"
-            f"one step: {P * world_size} prompts x {G} = {P * world_size * G} pictures, x "
-            f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations; output in {out}")
-    if trainer and (changed := run.changes(trainer["args"], settings)):
-        log.say(f"changed since: {changed}")
-    unsaved, bad_steps, numbers = False, 0, {}
-
-    def save():
-        stop.saving = True
-        run.save(out, step, showo, optimizer, sample_filter, settings)
-        stop.saving = False
-
+    if rank == 0:       # prompts may be many
+        log.say(describe_run(args, settings, examples, *models, trainer, out))
+    P, unsaved, bad_steps, row = args.prompts_per_step, False, 0, {}
+    to_save = (showo, optimizer, sample_filter, settings, stop)
     try:
         for step in range(start, args.steps + 1):       # the last pass only saves and evaluates
             stop.check()
             last = step == args.steps
             # first of all: what comes next may fail, or take longer than a stop has time
             if unsaved and (last or args.save_every and step % args.save_every == 0):
-                save()
+                run.save(out, step, *to_save)
                 unsaved = False
-            if bad_steps == 20:
-                raise processes.Ended(in_vain(numbers, out))
+            unread = bad_steps and math.isnan(row["reward_mean"]) and getattr(reward, "unread", "")
+            if bad_steps == 20 or unread:
+                raise processes.Ended(in_vain(row, out, unread))
             due = args.eval_every and (last or step % args.eval_every == 0)
             if due and not (step == start and evaluated):
                 log.evaluation(evaluate(step, held_out, args, *models, eval_reward, out, stop))
@@ -519,33 +539,24 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             numbers = update(groups, adv, loss_iterations(step, args), args, showo, reference,
-                             optimizer)
+                             optimizer)                                             # Eq. 10
             times.append(processes.now(device))
             unsaved = unsaved or bool(numbers["taken"])
-
-            s_rollout, s_reward, s_update = (b - a for a, b in itertools.pairwise(times))
-            all_rewards = {name: all_cat(r) for name, r in groups.rewards.items()}  # (P of all, G)
-            log.step({"step": step + 1, "reward_mean": all_rewards["reward"].nanmean().item(),
-                      "reward_std": all_rewards["reward"].std(1).nanmean().item(),
-                      "resampled": n_again,
-                      "adv_zero": (all_cat(adv.nan_to_num(0)) == 0).float().mean().item(),
-                      **{name: r.nanmean().item() for name, r in all_rewards.items()}, **numbers,
-                      "lr": learning_rate(step, args), "s_rollout": s_rollout,
-                      "s_reward": s_reward, "s_update": s_update,
-                      "images_per_s": P * G * world_size / (times[-1] - times[0]),
-                      "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30})     # 0 on a CPU
             bad_steps = 0 if numbers["taken"] else bad_steps + 1
+            row = row_of_step(step, groups, adv, numbers, n_again, times, args)
+            log.step(row)
     except processes.Ended as end:
         # a signal, a reward that fails, 20 steps in vain: what has been learnt is kept
         stop.saving = True
         if unsaved:
-            save()
+            run.save(out, step, *to_save)
         if isinstance(end.code, int):
             log.say(f"stopped by a signal after step {step}; go on with --resume --out {out}")
         log.close()
         processes.barrier()     # torchrun kills the others as soon as one ends
         raise
     log.close()
+    log.say(f"plot it: python tools/curves.py {out} --out curves.png")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def parse(p, presets):
         if action.help and action.help != SUPPRESS:
             showo, tiny = (presets[name].get(action.dest) for name in ("showo", "shapes"))
             default = action.default if showo is None else f"{showo}; shapes: {tiny}"
-            shown = default not in (None, False, SUPPRESS) and action.nargs != 0
+            shown = default not in (None, SUPPRESS, []) and action.nargs != 0
             action.help += f" (default: {default})".replace("%", "%%") * shown
     args = p.parse_args()
     del args.local_rank
@@ -62,8 +62,8 @@ def add_model_flags(add):
     add("--ckpt", help="weights in place of the model's: a checkpoint folder, or a state_dict")
     add("--vq", help="MAGVIT-v2 (default: showlab/magvitv2; shapes: its own)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products; "
-        "auto: bf16 on a GPU. float32 is never TF32")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of a layer's matrix "
+        "products; auto: bf16 on a GPU. The head is float32, and float32 is never TF32")
     add("--compile", action=BooleanOptionalAction, help="fuse the kernels of a layer, by "
         "torch.compile (default: on a GPU)")
 

@@ -41,7 +41,7 @@ def check_metadata(examples, classes=CLASSES, colours=COLOURS):
                     and clause.get("color") in (None, *colours)
                     and clause.get("position", RELATIONS)[0] in RELATIONS):
                 raise SystemExit(f"GenEval's rules need a tag and metadata of things that the "
-                                 f"detector knows, not {clause} of {example['prompt']!r}")
+                                 f"detector knows, not {clause} of {example.get('prompt')!r}")
 
 
 def filter_detections(raw: dict, tag: str) -> dict:

@@ -135,7 +135,8 @@ def find_pictures(folder, prompts) -> list[list[Path]]:
     named = [next((s[:k] for k in lengths for s in (p.name, found[p]) if s[:k] in known), None)
              for p in paths]
     counts = Counter(named)
-    if any(named) and {counts[q] for q in prompts} != {n}:
+    times = Counter(prompts)                # equal prompts share theirs, in order
+    if any(named) and any(counts[q] != n * times[q] for q in prompts):
         raise SystemExit(f"--images: the names begin with prompts, but not {n} with each")
     numbers = [re.findall(r"\d+", re.sub(r"(?i)seed[-_=]?\d+", "", found[p])) for p in paths]
     # a number that counts from 0 or 1 rather than a seed
@@ -144,6 +145,8 @@ def find_pictures(folder, prompts) -> list[list[Path]]:
         groups = {}
         for key, path in zip(keys, paths, strict=True):
             groups.setdefault(key, []).append(path)
+        if keys is named and None not in groups:
+            return [[groups[q].pop(0) for _ in range(n)] for q in prompts]
         if None not in groups and [len(group) for group in groups.values()] == [n] * len(prompts):
-            return [groups[q] for q in (prompts if keys is named else sorted(groups, key=int))]
+            return [groups[q] for q in sorted(groups, key=int)]
     return [paths[i * n:(i + 1) * n] for i in range(len(prompts))]

@@ -3,7 +3,7 @@
     OUT/checkpoint-STEP/    Show-o's own layout, which loads wherever Show-o is loaded, and
                             trainer.pt: step, flags, filter, LoRA adapters
                             optimizer.pt: its state; the newest two checkpoints keep it
-    OUT/metrics.jsonl, eval.jsonl, samples/step-STEP.png, lock, wandb.json
+    OUT/metrics.jsonl, eval.jsonl, samples/step-STEP.png and before_after.png, lock, wandb.json
 
 Folders and files are written under a temporary name and then renamed, so that whatever has its name
 is complete.
@@ -114,6 +114,19 @@ def rewind(out, step):
         path.with_suffix(".part").replace(path)
 
 
+def begin(out, trainer, sample_filter):
+    """Return the step that a run begins with, and whether its weights were evaluated before. What
+    a resumed run will do again is dropped: only now, when nothing can fail any more."""
+    start, evaluated = 0, False
+    if trainer:
+        start = trainer["step"]
+        sample_filter.load_state_dict(trainer["filter"])
+    if rank() == 0:
+        rewind(out, start if trainer else -1)
+        evaluated = start in [row["step"] for row in read_rows(out / "eval.jsonl")]
+    return start, of_first(evaluated)
+
+
 def load_trainer(folder, args) -> dict:
     """Return trainer.pt of a checkpoint of the same kind of run."""
     trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
@@ -139,17 +152,20 @@ def changes(before: dict, now: dict) -> str:
 
 # ------------------------------------------------------------------------------ save
 
-def save(out, step, showo, optimizer, sample_filter, settings):
+def save(out, step, showo, optimizer, sample_filter, settings, stop):
     """Write a checkpoint, then delete all older ones but --keep-last (0 = keep all). Every process
-    calls it, and waits until the checkpoint is whole. Weights that are not finite are not saved."""
+    calls it, and waits until the checkpoint is whole; a signal meanwhile is heard, not obeyed.
+    Weights that are not finite are not saved."""
     if not all(bool(p.isfinite().all()) for p in showo.parameters()):
         print(f"step {step}: the weights are not finite and were not saved" * (rank() == 0))
         return
+    before, stop.saving = stop.saving, True
     if settings["zero"]:
         optimizer.consolidate_state_dict(to=0)
     if rank() == 0:
         write_checkpoint(out, step, showo, optimizer, sample_filter, settings)
     barrier()
+    stop.saving = before
 
 
 def write_checkpoint(out, step, showo, optimizer, sample_filter, settings):

@@ -80,6 +80,8 @@ def weight_files(path) -> list[Path]:
         for index in sorted(Path(path).glob("*.index.json"))[:1] if not files else []:
             names = set(json.loads(index.read_text())["weight_map"].values())
             files = [index.with_name(name) for name in sorted(names)]
+        if not files and (Path(path) / "adapter_config.json").exists():
+            raise SystemExit(f"{path}: is an adapter of peft; merge it into its base first")
         if not files:
             raise SystemExit(f"{path}: no weights there, that is none of {', '.join(WEIGHTS)}")
     for file in files:
@@ -89,8 +91,8 @@ def weight_files(path) -> list[Path]:
 
 
 def fingerprint(path_or_hub_id) -> str:
-    """Return a digest of weight files, of their sizes and 64 blocks of each: training moves every
-    weight, so two checkpoints differ in every block."""
+    """Return a digest of weight files, of their sizes and 64 blocks of each: training moves nearly
+    every weight, so two checkpoints differ in most blocks."""
     digest = hashlib.sha256()
     for file in weight_files(fetch(path_or_hub_id)):
         size = file.stat().st_size
@@ -136,11 +138,8 @@ def load_strict(model, state, path):
     given = {name: weight.shape for name, weight in state.items()}
     wrong = sorted(n for n in own.keys() | given.keys() if own.get(n) != given.get(n))
     if wrong:
-        adapter = (Path(path) / "adapter_config.json").exists() or any("lora_" in n for n in given)
-        hint = "merge the adapter into its base first" if adapter else \
-            "is it the right checkpoint, of this size?"
         raise SystemExit(f"{path}: {len(wrong)} weights do not fit {type(model).__name__}, such as "
-                         f"{', '.join(wrong[:3])}; {hint}")
+                         f"{', '.join(wrong[:3])}; is it the right checkpoint, of this size?")
     model.load_state_dict(state, assign=True)
 
 

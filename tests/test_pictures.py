@@ -84,3 +84,13 @@ def test_pictures_whose_names_leave_a_prompt_out_are_refused(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(SystemExit, match="names begin with prompts, but not 1 with each"):
         find_pictures(tmp_path, ["a cat", "a/dog"])
+
+
+def test_equal_prompts_share_their_pictures_in_order(tmp_path):
+    for name in ("a cat_0.png", "a cat_1.png", "a dog_0.png", "a cat_2.png", "a cat_3.png",
+                 "a dog_1.png"):
+        (tmp_path / name).touch()
+    found = find_pictures(tmp_path, ["a cat", "a dog", "a cat"])
+    assert [[path.name for path in paths] for paths in found] == [
+        ["a cat_0.png", "a cat_1.png"], ["a dog_0.png", "a dog_1.png"],
+        ["a cat_2.png", "a cat_3.png"]]

@@ -2,14 +2,77 @@
 import hashlib
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import run
 
+import sample
+import train
+from model import describe
 from prompts import make_geneval
 from shapes import world
 from support import geneval
 from support.prompts import read_prompts
+
+
+def texts(path):
+    return [example["prompt"] for example in read_prompts(path)]
+
+
+@pytest.mark.parametrize("name, content, wanted", [
+    # COCO's captions_val2014.json, and the key of a list inside
+    ("coco.json:annotations", '{"info": {"x": 1}, "annotations": [{"id": 7, "caption": "a cat"}, '
+     '{"id": 8, "caption": "a dog"}]}', ["a cat", "a dog"]),
+    ("ids.json", '{"7": {"prompt": "a cat"}, "8": {"prompt": "a dog"}}', ["a cat", "a dog"]),
+    ("inside.json", '{"prompts": ["a cat", "a dog"]}', ["a cat", "a dog"]),
+    ("inside2.json", '{"name": "x", "prompts": [{"prompt": "a cat"}]}', ["a cat"]),
+    ("files.json", '{"a.jpg": "a cat", "b.jpg": "a dog"}', ["a cat", "a dog"]),
+    ("one.json", '{"prompt": "a cat", "note": "x"}', ["a cat"]),
+    ("key.json:long", '{"short": "a", "long": "a cat"}', ["a cat"]),
+    ("german.csv", 'id;prompt\n1;a cat, asleep\n2;a dog\n', ["a cat, asleep", "a dog"]),
+    ("questions.csv", "item,text,question\n1,a cat,is it?\n1,a cat,where?\n", ["a cat"] * 2)])
+def test_prompts_inside_of_other_things(tmp_path, name, content, wanted):
+    (tmp_path / name.split(":")[0]).write_text(content)
+    assert texts(tmp_path / name) == wanted
+
+
+def test_a_folder_of_texts_in_the_order_of_their_names(tmp_path):
+    """As DPG-Bench; pictures are named after them."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for name, text in (("10", "a ring"), ("2", "a star\n"), ("1", "a moon"), ("x.md", "no")):
+        (folder / (name if "." in name else f"{name}.txt")).write_text(text)
+    assert read_prompts(folder) == [{"prompt": "a moon", "name": "1"},
+                                    {"prompt": "a star", "name": "2"},
+                                    {"prompt": "a ring", "name": "10"}]
+    run(sample, "--model", "shapes", "--prompts", folder, "--steps", 1, "--out", tmp_path / "out")
+    assert sorted(f.name for f in (tmp_path / "out").glob("*.png")) == ["1-00.png", "10-00.png",
+                                                                       "2-00.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="there is no prompt in it"):
+        read_prompts(tmp_path / "empty")
+
+
+def test_prompts_that_stand_twice_and_many_prompts(base):
+    said = describe(*base, ["a photo of a star"] * 13 + ["a photo of a moon"])
+    assert said.endswith("; 14 prompts, 2 different")
+    asked, tokenizer = [], base[0].tokenizer
+    showo = SimpleNamespace(tokenizer=lambda some: asked.append(len(some)) or tokenizer(some),
+                            parameters=base[0].parameters, source="", N=1, K=1, device="cpu")
+    describe(showo, base[1], [f"a photo of {i}" for i in range(30_000)])
+    assert asked == [10_000]
+
+
+def test_an_epoch_has_one_order(monkeypatch):
+    train.order_of_epoch.cache_clear()
+    drawn, plain = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **how: drawn.append(n) or plain(n, **how))
+    for slot in range(50):
+        train.example_at(slot, list(range(40)), seed=3)
+    assert drawn == [40, 40]
+
 
 # ------------------------------------------------------------------------------ files
 

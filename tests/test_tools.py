@@ -198,3 +198,15 @@ def test_pretraining_writes_a_base_that_loads(call, tmp_path):
          "--unmask-steps", 2, "--eval-every", 0, "--out", run)
     row, = read_rows(run / "metrics.jsonl")
     assert row["ratio_mean"] == 1 and row["taken"] == 1 and row["grad_norm"] > 0
+
+
+def test_curves_of_runs(call, tmp_path):
+    for seed in (1, 2):
+        call("train", "--model", "shapes", "--no-kl", "--steps", 2, "--prompts-per-step", 1,
+             "--group-size", 2, "--unmask-steps", 2, "--eval-every", 0, "--save-every", 0,
+             "--seed", seed, "--out", tmp_path / str(seed))
+    call("curves", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size == (1100, 600)
+    with pytest.raises(SystemExit):
+        call("curves", tmp_path, "--out", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

@@ -189,3 +189,10 @@ def test_no_code_in_a_pickle_runs(tmp_path):
     with pytest.raises(Exception, match="[Ww]eights"):
         load_models("shapes", ckpt=tmp_path / "bomb.pth")
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_of_peft_is_to_be_merged_first(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"lora_A": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(SystemExit, match="is an adapter of peft; merge it into its base first"):
+        load_models("shapes", ckpt=tmp_path)
