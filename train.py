@@ -109,8 +109,8 @@ def parse_args():
     add("--eval-guidance", type=float, help="guidance when evaluating")
     add("--eval-reward", help="like --reward; parts of weight 0 are logged only (default: "
         "geneval:official with shapes or a geneval reward, else --reward)")
-    add("--eval-prompts", help="like --prompts (default: shapes/eval.jsonl; Show-o: 62 of GenEval's "
-        "if the evaluation's reward is geneval, else prompts/eval.txt)")
+    add("--eval-prompts", help="like --prompts (default: shapes/eval.jsonl; Show-o: 62 of "
+        "GenEval's if the evaluation's reward is geneval, else prompts/eval.txt)")
     add("--save-every", type=int, help="steps between checkpoints, 0 = only the last")
     add("--keep-last", type=int, default=0, help="checkpoints, 0 = all")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")

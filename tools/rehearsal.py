@@ -44,6 +44,7 @@ SMALL = {
     "eval_geneval.py": "--images-per-prompt 1 --steps 2 --prompts eval.jsonl",
     "reward.py": "",
     "prompts/make_geneval.py": "--n 20",
+    "prompts/draw_prompts.py": "--n 2",
     "fidelity": "--cpu --feature-extractor-weights-path inception.pth --feature-layer-fid 64"}
 REWARDS = ("imagereward", "hpsv2:50", "pickscore", "geneval:partial", "clip:1,geneval:1")
 
@@ -136,7 +137,9 @@ def make_work(work):
     """Write the files that the README's commands name, and a few GenEval prompts."""
     lines = [json.dumps(example) + "\n" for example in read_prompts("prompts/geneval.jsonl")[::180]]
     (work / "eval.jsonl").write_text("".join(lines))
-    (work / "coco.txt").write_text("a cat\ntwo dogs in the snow\n")
+    captions = [{"id": i, "caption": text} for i, text in enumerate(
+        ("a cat", "two dogs in the snow", "a fox"))]
+    (work / "captions_val2014.json").write_text(json.dumps({"annotations": captions}))
     (work / "train.json").write_text(json.dumps([{"caption": "a cat"}, {"caption": "a fox"}]))
     state = load_file(DATA / "showo/checkpoint/pytorch_model.safetensors")
     torch.save(state, work / "mycheckpoint.pth")
