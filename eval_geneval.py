@@ -94,6 +94,7 @@ def main():
     if not out:
         p.error("give --out, the folder to draw into, or --score-only, a folder of pictures")
 
+    # what is to be drawn, or what is there
     if args.score_only:
         folders = folders_in(out)
         examples = [json.loads((folder / "metadata.jsonl").read_text()) for folder in folders]
@@ -109,6 +110,7 @@ def main():
     if not args.images_only:
         detect = world.detect if tiny else geneval.Detector(args.detector, device)
 
+    # each process scores what it drew, or its share of what is there
     if not args.score_only:
         files = folders_of(out, examples, args.n)
         draw = drawer(args, device, dtype, [e["prompt"] for e in examples])

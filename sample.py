@@ -135,6 +135,7 @@ def rollout(policy, B: int, N: int, K: int, T: int, *, generator, temperature=1.
     keep_sampled  False: do without Trajectory.sampled, which only Eq. 13 needs
 
     ValueError where the policy's shape, generators, schedule or start do not fit."""
+    # what was left open, and what does not fit
     generators = generator if isinstance(generator, list | tuple) else [generator]
     codes = torch.full((B, N), K, device=generators[0].device) if start is None else start
     n_start = int((codes[0] == K).sum())
@@ -271,6 +272,8 @@ def main():
     flags.add_model_flags(p.add_argument)
     flags.add_sampling_flags(p.add_argument)
     args = flags.parse(p, flags.SAMPLING)
+
+    # a picture of all prompts, or a folder that knows what draws it
     examples = [{"prompt": text} for text in args.prompt]
     examples += read_prompts(args.prompts) if args.prompts else []
     if not examples:
@@ -281,6 +284,7 @@ def main():
     is_picture = args.out.suffix.lower() in pictures.SUFFIXES
     if not is_picture:
         pictures.claim_folder(args.out, pictures.drawn_with(args, examples, dtype))
+
     draw = drawer(args, device, dtype, [e["prompt"] for e in examples])
     if is_picture:
         args.out.parent.mkdir(parents=True, exist_ok=True)

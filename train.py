@@ -399,6 +399,8 @@ def load_policy(args, device, folder, trainer):
     weights = args.ckpt if args.lora else folder or args.ckpt
     showo, magvit = load_models(args.model, ckpt=weights, vq=args.vq, device=device,
                                 compiled=args.compile)
+
+    # the frozen reference is the same model without its adapters, or a second one
     reference = None
     if args.lora:
         torch.manual_seed(args.seed)
@@ -415,6 +417,7 @@ def load_policy(args, device, folder, trainer):
             model.compute_in(torch.bfloat16)
     showo.grad_checkpoint = args.grad_checkpoint
 
+    # AdamW, whose state can be sharded
     settings = dict(lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
                     fused=(device.type == "cuda" and not args.zero) or None)
     params = list(showo.trainable().values())
@@ -473,12 +476,15 @@ def row_of_step(step, groups, adv, numbers, n_again, times, args) -> dict:
             "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30}        # 0 on a CPU
 
 
-def in_vain(row, out, unread):
-    """Return the line for steps that were not taken; row: the last one's; unread: a judge's answer
-    in which no score was found, if any."""
-    if unread:
+def in_vain(bad_steps, row, reward, out):
+    """Return the line that ends a run, if its last bad_steps steps were not taken and a judge gave
+    no score in a form that is read, or they are 20. row: of metrics.jsonl, of the last one."""
+    no_score = bad_steps > 0 and math.isnan(row["reward_mean"])
+    if no_score and (unread := getattr(reward, "unread", "")):
         return f"no picture of the step has a score. A judge's answer that was not read: {unread!r}"
-    if math.isnan(row["reward_mean"]):
+    if bad_steps < 20:
+        return None
+    if no_score:
         why, what = "no score", "see what the reward answers, then go on with --resume"
     else:
         why, what = "not finite", "with a smaller --lr"
@@ -493,9 +499,8 @@ def main():
     examples, reward, held_out, eval_reward = load_task(args, device)
     showo, magvit, reference, optimizer = load_policy(args, device, folder, trainer)
     sample_filter = SampleFilter(warmup=48)         # three steps of 16 prompts
-    # specs without the passwords of URLs
     settings = vars(args) | {"reward": reward.spec, "eval_reward": eval_reward.spec,
-                             "processes": world_size}
+                             "processes": world_size}       # specs: without the passwords of URLs
     processes.demand_equal(flags={k: v for k, v in settings.items() if k not in run.FREE},
                            prompts=(examples, held_out), weights=bits(showo))
 
@@ -513,9 +518,8 @@ def main():
             if unsaved and (last or args.save_every and step % args.save_every == 0):
                 run.save(out, step, *to_save)
                 unsaved = False
-            unread = bad_steps and math.isnan(row["reward_mean"]) and getattr(reward, "unread", "")
-            if bad_steps == 20 or unread:
-                raise processes.Ended(in_vain(row, out, unread))
+            if said := in_vain(bad_steps, row, reward, out):
+                raise processes.Ended(said)
             due = args.eval_every and (last or step % args.eval_every == 0)
             if due and not (step == start and evaluated):
                 log.evaluation(evaluate(step, held_out, args, *models, eval_reward, out, stop))

@@ -46,7 +46,7 @@ def check_metadata(examples, classes=CLASSES, colours=COLOURS):
 
 def filter_detections(raw: dict, tag: str) -> dict:
     """Return the detections that count: score over 0.3 (0.9 for counting), 16 a class, best first,
-    equal ones in reverse order."""
+    ties in reverse order of detection, as the original's sort."""
     threshold = np.float32(COUNTING_THRESHOLD if tag == "counting" else THRESHOLD)
     kept = {}
     for name, boxes in raw.items():
@@ -58,8 +58,8 @@ def filter_detections(raw: dict, tag: str) -> dict:
 
 
 def relative_position(a, b) -> set[str]:
-    """Return where box a lies seen from box b: at most two of RELATIONS, none if the centres are
-    no further apart than a tenth of the boxes' sizes, by which the offset is shortened."""
+    """Return where box a is, seen from box b: at most two of RELATIONS. The offset between the
+    centres is first shortened by a tenth of both boxes' sizes; if nothing is left, none holds."""
     offset, shortened = [], []
     for k in (0, 1):
         distance = (a[k] + a[k + 2] - b[k] - b[k + 2]) / 2
@@ -77,7 +77,7 @@ def check_clauses(detections, metadata, colours, strict):
     """Return what is wrong (texts), and credits for each count, colour and position (1 = right).
 
     strict: a class needs exactly its number of boxes, exclude does not count; else the official
-    rules, for which the best boxes alone count."""
+    rules, which look at the best boxes only."""
     faults, credits = [], []
     matched = []  # the boxes of each clause, None when it is not fulfilled
     for clause in metadata.get("include", []):
@@ -85,6 +85,8 @@ def check_clauses(detections, metadata, colours, strict):
         boxes = detections.get(name, [])
         if not strict:
             boxes = boxes[:wanted]
+
+        # the count, then the colours, then the place beside what an earlier clause has matched
         credits.append(1 - abs(wanted - len(boxes)) / wanted)
 
         fault = None
@@ -216,8 +218,10 @@ def instances(class_logits, mask_logits, padded, resized, original, max_per_imag
     class_logits Float[Q, C + 1] and mask_logits Float[Q, h, w]: Mask2Former's of one picture;
     padded, resized, original: (height, width) of the network's input, of the picture in its upper
     left corner, and of the picture itself. Boxes are x1, y1, x2, y2 in pixels of the original, and
-    a score: class score times mask score. Class scores up to min_score are left out; no mask
-    could lift them. Source: mmdet 2.28.2, MaskFormerFusionHead.instance_postprocess."""
+    a score: class score times mask score. Queries with a class score up to min_score are dropped
+    early: their final score is at most that.
+    Source: mmdet 2.28.2, MaskFormerFusionHead.instance_postprocess."""
+    # the best pairs of query and class
     probs = class_logits.float().softmax(-1)[:, :-1]                                # (Q, C)
     class_scores, pair = probs.flatten().topk(min(max_per_image, probs.numel()))
     class_scores, pair = class_scores[class_scores > min_score], pair[class_scores > min_score]
@@ -225,11 +229,14 @@ def instances(class_logits, mask_logits, padded, resized, original, max_per_imag
     if not len(pair):
         return labels, torch.zeros(0, 5), torch.zeros(0, *original, dtype=torch.bool)
 
-    used, index = query.unique(return_inverse=True)  # a query may stand for several classes
+    # their masks; a query may be several classes
+    used, index = query.unique(return_inverse=True)
     logits = _resize(mask_logits[used][None].float(), padded)[..., :resized[0], :resized[1]]
     logits = _resize(logits, original)[0]                                           # (used, H, W)
     masks = logits > 0
     mask_scores = (logits.sigmoid() * masks).flatten(1).sum(1) / (masks.flatten(1).sum(1) + 1e-6)
+
+    # the boxes around the masks
     edges = []
     for line in (masks.any(1), masks.any(2)):  # columns, rows: the first, the last + 1
         last = line.shape[1] - line.flip(1).int().argmax(1)
@@ -311,7 +318,7 @@ class Detector(torch.nn.Module):
 
     def colours(self, image, name, boxes, masks):
         """Return the colours of a class's boxes, by CLIP on their crops, grey outside the masks.
-        PIL resizes them: an argmax can hang on the last bit."""
+        PIL resizes them, like the original: other resizers change close calls."""
         picture = image.permute(1, 2, 0).cpu().numpy()
         crops = []
         for box, mask in zip(boxes, masks, strict=False):  # masks of boxes that do not count follow

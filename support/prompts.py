@@ -39,6 +39,7 @@ def read_prompts(path) -> list[dict]:
     except (OSError, ValueError, csv.Error) as error:
         raise SystemExit(f"{path}: cannot be read ({error})") from None
 
+    # each row's prompt by its key
     examples = []
     for row in rows:
         row = {"prompt": row} if isinstance(row, str) else row
