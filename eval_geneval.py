@@ -93,6 +93,9 @@ def main():
     tiny, out = is_shapes(args.model), args.score_only or args.out
     if not out:
         p.error("give --out, the folder to draw into, or --score-only, a folder of pictures")
+    if args.score_only and (args.out or args.images_only):
+        p.error("--score-only draws nothing: without --out and --images-only")
+    rank, world_size, device = processes.setup(args.device)
 
     # what is to be drawn, or what is there
     if args.score_only:
@@ -102,7 +105,6 @@ def main():
         examples = read_prompts(args.prompts or ("shapes/eval.jsonl" if tiny
                                                  else "prompts/geneval.jsonl"))
     geneval.check_metadata(examples, *((world.CLASSES, world.COLOURS) if tiny else ()))
-    rank, world_size, device = processes.setup(args.device)
     dtype = processes.choose_dtype(args.dtype, device)
     if not args.score_only:
         pictures.claim_folder(out, pictures.drawn_with(args, examples, dtype))

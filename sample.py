@@ -273,15 +273,17 @@ def main():
     flags.add_sampling_flags(p.add_argument)
     args = flags.parse(p, flags.SAMPLING)
 
-    # a picture of all prompts, or a folder that knows what draws it
+    if not args.prompt and not args.prompts:
+        p.error("give --prompt TEXT, or --prompts FILE")
+    rank, world, device = processes.setup(args.device)
     examples = [{"prompt": text} for text in args.prompt]
     examples += read_prompts(args.prompts) if args.prompts else []
-    if not examples:
-        p.error("give --prompt TEXT, or --prompts FILE")
 
-    rank, world, device = processes.setup(args.device)
+    # a picture of all prompts, by one process, or a folder that knows what draws it
     dtype = processes.choose_dtype(args.dtype, device)
     is_picture = args.out.suffix.lower() in pictures.SUFFIXES
+    if is_picture and rank > 0:
+        return
     if not is_picture:
         pictures.claim_folder(args.out, pictures.drawn_with(args, examples, dtype))
 

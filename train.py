@@ -44,7 +44,7 @@ from shapes import world
 from support import flags, geneval, pictures, processes, run
 from support.processes import all_cat, all_lists, all_sum
 from support.prompts import read_prompts
-from support.weights import is_shapes
+from support.weights import digest, fingerprint, is_shapes
 
 PRESETS = {     # defaults, by model
     "showo": dict(steps=625, group_size=6, prompts_per_step=2, unmask_steps=50, lr=3e-6, warmup=62,
@@ -61,6 +61,7 @@ PRESETS = {     # defaults, by model
 def parse_args():
     """Return the flags, whose defaults depend on the model: PRESETS."""
     p, count = flags.parser(__doc__), flags.at_least(1)
+    from_0, positive = flags.at_least(0), flags.at_least(0, float)
     add = p.add_argument_group("what").add_argument
     flags.add_model_flags(add)
     add("--prompts", help="see support/prompts.py; FILE:KEY")
@@ -80,7 +81,7 @@ def parse_args():
     add("--clip", type=float, nargs=2, default=[0.9, 1.2], help="bounds of the ratio, Eq. 10")
     add("--kl", action=BooleanOptionalAction, default=True,
         help="KL to the frozen base (Eq. 10); --no-kl does not load it")
-    add("--kl-beta", type=float, default=0.01, help="beta of Eq. 10")
+    add("--kl-beta", type=positive, default=0.01, help="beta of Eq. 10")
     add("--filter-low", action=BooleanOptionalAction, default=False,
         help="sample a group again when its reward std is low (Sec. 3.3)")
     add("--loss-steps", type=count, help="computational reduction (default: all T)")
@@ -93,31 +94,33 @@ def parse_args():
         "(p2: 1.9e-3)")
 
     add = p.add_argument_group("optimizer").add_argument
-    add("--lr", type=float, help="peak; the paper: at most 3e-6 without KL, 5e-6 with it")
-    add("--warmup", type=int, help="linear warm-up steps, times a cosine from step 0 on")
-    add("--weight-decay", type=float, help="AdamW's, on all weights")
-    add("--max-grad-norm", type=float, default=1.0, help="0 = no clipping")
+    add("--lr", type=positive, help="peak; the paper: at most 3e-6 without KL, 5e-6 with it")
+    add("--warmup", type=from_0, help="linear warm-up steps, times a cosine from step 0 on")
+    add("--weight-decay", type=positive, help="AdamW's, on all weights")
+    add("--max-grad-norm", type=positive, default=1.0, help="0 = no clipping")
     add("--micro-batch", type=count, help="pictures per forward pass; memory only")
     add("--grad-checkpoint", action="store_true", help="less memory, a third more work")
     add("--lora", type=count, metavar="RANK", help="train adapters only")
     add("--zero", action="store_true", help="shard the optimizer state over processes (ZeRO-1)")
 
     add = p.add_argument_group("watching").add_argument
-    add("--eval-every", type=int, help="steps between evaluations, each with a grid; 0 = none")
+    add("--eval-every", type=from_0, help="steps between evaluations, each with a grid; 0 = none")
     add("--eval-n", type=count, help="pictures per evaluation prompt")
     add("--eval-unmask-steps", type=count, help="T when evaluating")
-    add("--eval-guidance", type=float, help="guidance when evaluating")
+    add("--eval-guidance", type=positive, help="guidance when evaluating")
     add("--eval-reward", help="like --reward; parts of weight 0 are logged only (default: "
         "geneval:official with shapes or a geneval reward, else --reward)")
     add("--eval-prompts", help="like --prompts (default: shapes/eval.jsonl; Show-o: 62 of "
         "GenEval's if the evaluation's reward is geneval, else prompts/eval.txt)")
-    add("--save-every", type=int, help="steps between checkpoints, 0 = only the last")
-    add("--keep-last", type=int, default=0, help="checkpoints, 0 = all")
+    add("--save-every", type=from_0, help="steps between checkpoints, 0 = only the last")
+    add("--keep-last", type=from_0, default=0, help="checkpoints, 0 = all")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
 
     args = flags.parse(p, PRESETS)
     if (args.loss_steps or 0) > args.unmask_steps:
         p.error(f"--loss-steps {args.loss_steps} is more than --unmask-steps {args.unmask_steps}")
+    if not args.clip[0] <= 1 <= args.clip[1]:
+        p.error(f"--clip {args.clip[0]} {args.clip[1]}: wanted the ratio's bounds, such as 0.9 1.2")
     if args.resume == "auto" and not args.out:
         p.error("--resume: give the run's folder, --out DIR, or --resume DIR/checkpoint-STEP")
     if args.zero and int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -348,7 +351,9 @@ def draw_and_score(step, examples, args, showo, magvit, reward, out) -> list:
         scored = [f"{scores['reward'][i]:.3g} | {examples[mine[i // n]]['prompt']}"
                   for i in shown]
         (out / "samples").mkdir(exist_ok=True)
-        pictures.grid(images[shown], scored, 6).save(run.grid_path(out, step))
+        path = run.grid_path(out, step)
+        pictures.grid(images[shown], scored, 6).save(path.with_suffix(".part"), "PNG")
+        path.with_suffix(".part").replace(path)
     return [(i, {name: x[k * n:(k + 1) * n].nanmean().item() for name, x in scores.items()})
             for k, i in enumerate(mine)]
 
@@ -449,12 +454,20 @@ def bits(showo):
                for p in showo.parameters())
 
 
+def settings_of(args, examples, reward, eval_reward) -> dict:
+    """Return what a run depends on: its flags, without the passwords of URLs, and what they name:
+    its prompts and weights."""
+    return {**vars(args), "reward": reward.spec, "eval_reward": eval_reward.spec,
+            "number of processes": processes.world(), "texts of the prompts": digest(examples),
+            "weights of the base": fingerprint(args.ckpt or args.model)}
+
+
 def describe_run(args, settings, examples, showo, magvit, trainer, out) -> str:
     """Return what a run prints at its start."""
-    n = args.prompts_per_step * settings["processes"]
+    n_processes = settings["number of processes"]
+    n = args.prompts_per_step * n_processes
     lines = [describe(showo, magvit, [e["prompt"] for e in examples]),
-             f"{settings['processes']} x {showo.device.type}; {len(examples)} prompts; "
-             f"{flags.typed()}",
+             f"{n_processes} x {showo.device.type}; {len(examples)} prompts; {flags.typed()}",
              f"one step: {n} prompts x {args.group_size} = {n * args.group_size} pictures, x "
              f"{len(loss_iterations(0, args))} of {args.unmask_steps} iterations; output in {out}"]
     if trainer and (changed := run.changes(trainer["args"], settings)):
@@ -499,10 +512,9 @@ def main():
     examples, reward, held_out, eval_reward = load_task(args, device)
     showo, magvit, reference, optimizer = load_policy(args, device, folder, trainer)
     sample_filter = SampleFilter(warmup=48)         # three steps of 16 prompts
-    settings = vars(args) | {"reward": reward.spec, "eval_reward": eval_reward.spec,
-                             "processes": world_size}       # specs: without the passwords of URLs
+    settings = settings_of(args, examples, reward, eval_reward)
     processes.demand_equal(flags={k: v for k, v in settings.items() if k not in run.FREE},
-                           prompts=(examples, held_out), weights=bits(showo))
+                           prompts=digest(held_out), weights=bits(showo))
 
     start, evaluated = run.begin(out, trainer, sample_filter)
     log, stop, models = run.Log(out, settings, start), run.StopSignal(), (showo, magvit)

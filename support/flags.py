@@ -28,13 +28,13 @@ def typed() -> str:
     return re.sub(r"//[^/]*@", "//", shlex.join(sys.argv[1:]))
 
 
-def at_least(least):
-    """Return the type of a flag: a whole number of at least this."""
+def at_least(least, kind=int):
+    """Return the type of a flag: a number of a kind, and not under this."""
     def number(text):
-        if int(text) < least:
+        if not kind(text) >= least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-    number.__name__ = "int"         # as argparse's message has it
+        return kind(text)
+    number.__name__ = kind.__name__         # as argparse's message has it
     return number
 
 
@@ -70,8 +70,8 @@ def add_model_flags(add):
 
 def add_sampling_flags(add):
     add("--steps", type=at_least(1), dest="T", help="unmasking iterations")
-    add("--cfg", type=float, dest="guidance", help="guidance, 0 = none")
-    add("--temperature", type=float, help="of the Gumbel noise")
+    add("--cfg", type=at_least(0, float), dest="guidance", help="guidance, 0 = none")
+    add("--temperature", type=at_least(0, float), help="of the Gumbel noise")
     add("--batch", type=at_least(1), help="pictures at a time")
     # torchrun takes --n for an abbreviation of its own flags
     add("--images-per-prompt", "--n", type=at_least(1), dest="n", help="pictures of each prompt")

@@ -1,8 +1,6 @@
 """Pictures on the disk: read, grid, draw what is missing, match a folder with prompts."""
 import base64
-import hashlib
 import io
-import json
 import math
 import re
 import textwrap
@@ -14,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from support.processes import all_lists, barrier, rank
-from support.weights import fingerprint, image_tokenizer, read_json, write_json
+from support.weights import digest, fingerprint, image_tokenizer, read_json, write_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -70,12 +68,12 @@ def grid(images, captions, columns):
 def drawn_with(args, examples, dtype) -> dict:
     """Return what a folder's pictures depend on, from the flags of a script that draws. What stands
     in brackets is a digest of the content, and counts rather than the name."""
-    def named(name, digest):
-        return f"{name} ({digest})"
-    prompts = hashlib.sha256(json.dumps([e["prompt"] for e in examples]).encode()).hexdigest()
+    def named(name, content):
+        return f"{name} ({content})"
     weights, vq = args.ckpt or args.model, args.vq or image_tokenizer(args.model)
     return {"weights": named(weights, fingerprint(weights)), "vq": named(vq, fingerprint(vq)),
-            "prompts": named(f"{len(examples)} prompts", prompts[:12]), "n": args.n, "T": args.T,
+            "prompts": named(f"{len(examples)} prompts", digest([e["prompt"] for e in examples])),
+            "n": args.n, "T": args.T,
             "guidance": args.guidance, "temperature": args.temperature, "seed": args.seed,
             "dtype": str(dtype).removeprefix("torch.")}
 
@@ -84,8 +82,9 @@ def claim_folder(out, facts):
     """Keep in OUT/drawn.json what draws a folder's pictures. SystemExit if something else has drawn
     those that are there: they would be taken for new ones."""
     path = out / "drawn.json"
-    before = read_json(path)
-    if not before and any(p.suffix.lower() in SUFFIXES for p in out.rglob("*")):
+    drawn = any(p.suffix.lower() in SUFFIXES for p in out.rglob("*"))
+    before = read_json(path) if drawn else {}
+    if drawn and not before:
         raise SystemExit(f"--out {out}: holds pictures, but no drawn.json that says what drew "
                          "them; choose another folder")
     other = [f"{name} {before.get(name)}, not {value}" for name, value in facts.items()

@@ -1,7 +1,6 @@
 """The device, torchrun's processes and what they exchange, and one plain line when one fails."""
 import datetime
 import errno
-import hashlib
 import os
 import sys
 import time
@@ -9,6 +8,8 @@ import traceback
 
 import torch
 import torch.distributed as dist
+
+from support.weights import digest
 
 STORE = None    # torchrun's key-value store, in which the first process that fails says so
 LESS_MEMORY = "less memory"     # what run() was told
@@ -62,6 +63,9 @@ def setup(device=None):
             raise SystemExit(f"{os.environ[name]} processes were started that do not know of each "
                              "other: start with torchrun --nproc_per_node N (one torchrun on each "
                              "machine)")
+    if world > 1:       # first of all, so that whoever fails can say so
+        hour = datetime.timedelta(hours=1)
+        STORE, _, _ = next(dist.rendezvous("env://", timeout=hour))
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
@@ -76,8 +80,7 @@ def setup(device=None):
     except (RuntimeError, AssertionError, AttributeError) as error:     # each by a build of torch
         raise SystemExit(f"--device {device}: there is none ({str(error)[:99]})") from None
     if world > 1:
-        gpu, hour = device.type == "cuda", datetime.timedelta(hours=1)
-        STORE, _, _ = next(dist.rendezvous("env://", timeout=hour))
+        gpu = device.type == "cuda"
         dist.init_process_group("nccl" if gpu else "gloo", store=STORE, rank=rank, world_size=world,
                                 timeout=hour, device_id=device if gpu else None)
     return rank, world, device
@@ -138,8 +141,7 @@ def of_first(value):
 def demand_equal(**values):
     """End the program with a line unless every process has the same values."""
     for name, value in values.items():
-        digest = hashlib.sha256(repr(value).encode()).hexdigest()
-        if len(set(all_lists([digest]))) > 1:
+        if len(set(all_lists([digest(value)]))) > 1:
             raise SystemExit(f"the processes differ in their {name}: every machine needs the same "
                              "command, and the same files or a folder that all of them see")
 

@@ -65,6 +65,8 @@ def choose_folder(args):
     resumed = Path(args.resume) if args.resume and args.resume != "auto" else None
     new = f"{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     out = Path(args.out or (resumed.parent if resumed else Path("runs") / new))
+    if resumed and checkpoints(resumed):        # a run's folder: its newest
+        resumed, out = checkpoints(resumed)[-1], Path(args.out or resumed)
     if resumed and not (resumed / "trainer.pt").exists():
         raise SystemExit(f"--resume: there is no checkpoint in {resumed}")
     try:
@@ -104,10 +106,14 @@ def lock_folder(out) -> FileLock:
 
 
 def rewind(out, step):
-    """Drop the rows and rename the checkpoints of the steps that a resumed run will do again."""
+    """Drop the rows and grids and rename the checkpoints of the steps that a resumed run will do
+    again."""
     for folder in checkpoints(out):
         if int(folder.name[11:]) > step:
             folder.replace(f"{folder}.replaced-{time.time_ns()}")
+    for grid in out.glob("samples/step-*.png"):
+        if int(grid.stem[5:]) > step:
+            grid.unlink()
     for path in filter(Path.exists, (out / "metrics.jsonl", out / "eval.jsonl")):
         rows = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
         path.with_suffix(".part").write_text("".join(rows))
@@ -145,8 +151,8 @@ def load_trainer(folder, args) -> dict:
 
 def changes(before: dict, now: dict) -> str:
     """Return each setting that a resumed run changes: "--lr 0.1 -> 0.2, ..."."""
-    return ", ".join(f"--{name.replace('_', '-')} {before[name]} -> {value}"
-                     for name, value in now.items()
+    return ", ".join(("" if " " in name else "--") + f"{name.replace('_', '-')} {before[name]} -> "
+                     f"{value}" for name, value in now.items()
                      if name in before and name not in FREE and before[name] != value)
 
 
@@ -157,7 +163,8 @@ def save(out, step, showo, optimizer, sample_filter, settings, stop):
     calls it, and waits until the checkpoint is whole; a signal meanwhile is heard, not obeyed.
     Weights that are not finite are not saved."""
     if not all(bool(p.isfinite().all()) for p in showo.parameters()):
-        print(f"step {step}: the weights are not finite and were not saved" * (rank() == 0))
+        if rank() == 0:
+            print(f"step {step}: the weights are not finite and were not saved", flush=True)
         return
     before, stop.saving = stop.saving, True
     if settings["zero"]:
@@ -225,6 +232,8 @@ class StopSignal:
         """Call a function in every process, together(). It may be left in the middle: what it does
         must not outlive it, or only when it returns."""
         def interruptible():
+            if self.number and not self.saving:
+                raise SystemExit(128 + self.number)
             try:
                 self.inside = not self.saving
                 return function(*args)

@@ -90,18 +90,22 @@ def weight_files(path) -> list[Path]:
     return files
 
 
+def digest(value) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
 def fingerprint(path_or_hub_id) -> str:
     """Return a digest of weight files, of their sizes and 64 blocks of each: training moves nearly
     every weight, so two checkpoints differ in most blocks."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for file in weight_files(fetch(path_or_hub_id)):
         size = file.stat().st_size
-        digest.update(str(size).encode())
+        found.update(str(size).encode())
         with open(file, "rb") as content:
             for i in range(64):
                 content.seek(i * size // 64)
-                digest.update(content.read(4096))
-    return digest.hexdigest()[:12]
+                found.update(content.read(4096))
+    return found.hexdigest()[:12]
 
 
 def read_weights(path, device="cpu", dtype=None) -> dict:

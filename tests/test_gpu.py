@@ -169,7 +169,7 @@ def test_two_processes_by_nccls_rules(two):
     for run, fused in (("then-zero", False), ("then-plain", True)):
         assert [row["taken"] for row in metrics(two / run)] == [1, 1]
         state = torch.load(two / run / "checkpoint-2/optimizer.pt", "cpu", weights_only=True)
-        assert state["param_groups"][0]["fused"] is fused
+        assert state["param_groups"][0]["fused"] is (fused or None)
 
 
 def test_a_dropped_move_to_the_gpu_is_caught(tmp_path):

@@ -324,7 +324,7 @@ def test_a_resumed_run_says_what_changed(capsys):
     call("--out", "run", "--resume", "--steps", 3, "--ratio", "mean", "--lr", 7e-4, "--filter-low",
          "--reward", "clip:shapes/clip", "--prompts", "few.jsonl", "--loss-steps", 2)
     line, = re.findall("changed since: (.*)", capsys.readouterr().out)
-    assert set(line.split(", ")) == {
+    assert {said for said in line.split(", ") if said.startswith("--")} == {
         "--ratio sum -> mean", "--lr 0.001 -> 0.0007", "--filter-low False -> True", "--steps 2 -> "
         "3", "--reward geneval:partial:1 -> clip:shapes/clip:1", "--loss-steps None -> 2",
         "--eval-reward geneval:partial:1 -> clip:shapes/clip:1",
@@ -353,7 +353,7 @@ def test_what_this_run_wants_counts_not_what_the_optimizer_s_file_says(monkeypat
     state["param_groups"][0].update(fused=True, lr=9.0, betas=(0.5, 0.5), weight_decay=3.0)
     torch.save(state, path)
     call("--out", "run", "--resume", "--steps", 3)
-    assert groups[0]["fused"] is False and groups[0]["betas"] == (0.9, 0.95)
+    assert not groups[0]["fused"] and groups[0]["betas"] == (0.9, 0.95)
     assert groups[0]["weight_decay"] == 0 and groups[0]["lr"] == 1e-3
 
 
@@ -536,3 +536,94 @@ def test_a_picture_is_whole_up_to_its_last_byte(tmp_path):
     for size in (path.stat().st_size - 20, 60, 8, 0):
         os.truncate(path, size)
         assert not pictures.is_whole(path)
+
+
+# ------------------------------------------------------------------------------ found by attack
+
+def test_a_signal_in_a_save_ends_the_run_before_anything_else(monkeypatch):
+    plain = support.run.write_checkpoint
+
+    def write_checkpoint(out, step, *rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(out, step, *rest)
+    monkeypatch.setattr(support.run, "write_checkpoint", write_checkpoint)
+    flags = ("--eval-every", 1, "--steps", 3, "--eval-prompts", "few.jsonl", "--out", "run")
+    with pytest.raises(SystemExit) as end:
+        call(*flags)
+    assert end.value.code == 128 + signal.SIGTERM and len(metrics(Path("run"))) == 1
+    assert [row["step"] for row in support.run.read_rows(Path("run/eval.jsonl"))] == [0]
+
+
+def test_epochs_that_were_taken_count(monkeypatch):
+    """The second of two optimizer steps on the same rollouts is not finite: the first is kept."""
+    plain, norms = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_grad_norm(params, most):
+        norms.append(plain(params, most))
+        return norms[-1] * (float("nan") if len(norms) % 2 == 0 else 1)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm)
+    call("--inner-epochs", 2, "--steps", 1, "--save-every", 0, "--out", "run")
+    assert metrics(Path("run"))[0]["taken"] == 1
+    assert not equal(weights(Path("run/checkpoint-1")), weights(ROOT / "shapes"))
+
+
+@pytest.mark.parametrize("flags", [
+    ("--keep-last", -1), ("--save-every", -1), ("--eval-every", -1), ("--max-grad-norm", -1),
+    ("--warmup", -1), ("--lr", -1), ("--clip", 0.2, 0.28), ("--clip", 1.2, 0.9)])
+def test_numbers_that_would_turn_a_run_round_are_refused(flags):
+    said = refused(train, "--model", "shapes", *flags)
+    assert said.endswith("is less than 0") or said.startswith("--clip ")
+
+
+def test_before_and_after_are_of_this_run():
+    flags = ("--eval-every", 1, "--eval-prompts", "few.jsonl", "--out", "run")
+    call(*flags, "--steps", 3)
+    call(*flags, "--steps", 2, "--resume", "run/checkpoint-2")
+    grids = sorted(path.name for path in Path("run/samples").iterdir())
+    assert grids == ["before_after.png", *(f"step-00000{i}.png" for i in range(3))]
+
+
+def test_other_texts_in_the_same_file_are_said(capsys):
+    shutil.copy("few.jsonl", "p.jsonl")
+    call("--prompts", "p.jsonl", "--out", "run")
+    shutil.copy("other.jsonl", "p.jsonl")
+    call("--prompts", "p.jsonl", "--out", "run", "--resume", "--steps", 3)
+    assert re.search(r"changed since: --steps 2 -> 3, texts of the prompts \w+ -> \w+\n",
+                     capsys.readouterr().out)
+
+
+def test_a_folder_of_a_run_can_be_given_to_resume():
+    call("--out", "run")
+    call("--resume", "run", "--steps", 3)
+    assert [row["step"] for row in metrics(Path("run"))] == [1, 2, 3]
+
+
+def test_a_command_that_drew_nothing_does_not_claim_the_folder():
+    run(sample, *SAMPLE, "--out", "drawn")
+    for path in Path("drawn").glob("*.png"):
+        path.unlink()
+    run(sample, *SAMPLE, "--out", "drawn", "--seed", 5)
+    assert read_json(Path("drawn/drawn.json").resolve())["seed"] == 5
+
+
+def test_what_is_scored_is_checked():
+    run(eval_geneval, *GENEVAL, "--out", "out")
+    path = Path("out/00001/metadata.jsonl")
+    example = json.loads(path.read_text())
+    for change, message in (({"include": [{"class": "unicorn", "count": 1}]}, "not .*unicorn"),
+                            ({"tag": None}, "")):
+        path.write_text(json.dumps({k: v for k, v in (example | change).items() if v is not None}))
+        said = refused(eval_geneval, "--model", "shapes", "--score-only", "out")
+        assert said.startswith("GenEval's rules need a tag") and re.search(message, said)
+    assert "draws nothing" in refused(eval_geneval, "--score-only", "out", "--out", "x")
+
+
+def test_a_process_that_fails_before_the_others_are_there_says_so():
+    """The second of two processes has no such device."""
+    Path("dev.py").write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from support import processes
+processes.run(lambda: processes.setup("cuda:7" if os.environ["RANK"] == "1" else "cpu"))
+""")
+    printed, codes = finish(torchrun(".", "dev.py", n=2))
+    assert 0 not in codes and printed[0].count("--device cuda:7: there is none") == 1
