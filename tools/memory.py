@@ -2,9 +2,9 @@
 
     python tools/memory.py        # minutes; with --size shapes seconds
 
-train.py's own code runs on tensors that have shapes but no values (FakeTensorMode), and the bytes
-of all live storages are added up. Not seen: what kernels use inside, the allocator's gaps, CUDA's
-context, the activations of the reward (few, and no gradients beside them).
+What train.py's update does runs on tensors that have shapes but no values (FakeTensorMode), and the
+bytes of all live storages are added up. Not seen: what kernels use inside, the allocator's gaps,
+CUDA's context, the activations of the reward (few, and no gradients beside them).
 """
 import argparse
 import gc
@@ -30,7 +30,7 @@ from train import Tally, kl_to_reference  # noqa: E402
 
 # the reward's bytes (fp16; the parameters of open_clip.create_model("ViT-H-14", device="meta")),
 # the micro-batches of the table, and the number of layers
-SIZES = {"showo-512": (2 * 986_109_441, (6, 3, 1), 24), "shapes": (0, (6,), 2)}
+SIZES = {"showo-512": (2 * 986_109_441, (6, 3, 1), 24), "shapes": (0, (6,), 1)}
 TEXT, PROCESSES, RANK = 25, 8, 16   # tokens of the prompt; processes of --zero; of --lora
 
 
@@ -97,12 +97,13 @@ def update(showo, reference, prompt, n_masked, kind):
             positions = traj.positions(t, kind)
             logits = showo.logits(traj.state(t), text, positions=positions)
             logp = transition_log_prob(logits, traj.at(positions), t, kind)
-            objective = clipped_objective(logp - logp.detach(), adv)
+            log_ratio = logp - logp.detach()
+            objective = clipped_objective(log_ratio, adv)
             if reference:
                 kl = kl_to_reference(logits, logp, traj, t, reference, text_ref, args)
                 objective = objective - 0.01 * kl
             objective.backward()
-            tally.add((logp - logp).detach(), kl.detach(), logits[:, :n_moved[t]], (0.9, 1.2))
+            tally.add(log_ratio.detach(), kl.detach(), logits[:, :n_moved[t]], (0.9, 1.2))
 
 
 def policy_and_reference(size, rank):
