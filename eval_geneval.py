@@ -9,6 +9,7 @@ A folder holds NNNNN/metadata.jsonl and NNNNN/samples/KKKK.png for each prompt, 
 drawn.json, which says what drew the pictures: others are never taken for them. Rules and detector:
 support/geneval.py. Prompts: prompts/geneval.jsonl, made by prompts/make_geneval.py.
 """
+import argparse
 import json
 from pathlib import Path
 
@@ -87,10 +88,13 @@ def main():
     add("--images-only", action="store_true", help="draw, for another scorer")
     add("--prompts", help="jsonl with metadata (default: the 553 official ones, or shapes' 63)")
     add("--detector", default=geneval.DETECTOR, help="hub id or folder of a Mask2Former")
+    add("--write-prompts", help=argparse.SUPPRESS)
     flags.add_model_flags(add)
     flags.add_sampling_flags(add)
     args = flags.parse(p, {name: preset | {"n": 4} for name, preset in flags.SAMPLING.items()})
     tiny, out = is_shapes(args.model), args.score_only or args.out
+    if args.write_prompts:
+        p.error("--write-prompts is now: python prompts/make_geneval.py --train FILE --n N")
     if not out:
         p.error("give --out, the folder to draw into, or --score-only, a folder of pictures")
     if args.score_only and (args.out or args.images_only):

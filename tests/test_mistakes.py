@@ -36,6 +36,7 @@ COW = {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "promp
     (train, "--reward geneval:nonsense", "^--reward geneval:nonsense: wanted exact, "),
     (train, "--resume nowhere/checkpoint-3", "^--resume: there is no checkpoint in nowhere/c"),
     (train, "--reward clip:0,hpsv2:0", "^--reward clip:0,hpsv2:0: all weights are 0"),
+    (eval_geneval, "--write-prompts x", "is now: python prompts/make_geneval.py --train FILE"),
     (train, "--reward http:h:8000", "^--reward http: wanted http:http://HOST:PORT/"),
     (train, "--reward clip:shapes/clip,clip:shapes/clip:2", "a part is there twice$"),
     (train, "--out /proc/x", "^--out /proc/x: cannot be written to .*; choose a folder with --out"),
