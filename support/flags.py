@@ -69,6 +69,7 @@ def add_model_flags(add):
 
 
 def add_sampling_flags(add):
+    """Add the flags of scripts that draw pictures."""
     add("--steps", type=at_least(1), dest="T", help="unmasking iterations")
     add("--cfg", type=at_least(0, float), dest="guidance", help="guidance, 0 = none")
     add("--temperature", type=at_least(0, float), help="of the Gumbel noise")

@@ -97,8 +97,6 @@ def lock_folder(out) -> FileLock:
     except Timeout:
         raise SystemExit(f"--out {out}: another run is in it; wait for it, or end it") from None
     except OSError as error:
-        if isinstance(error, PermissionError):
-            raise
         # some file systems have no locks, as Lustre
         print(f"WARNING: {out} cannot be locked ({error.strerror}): take care that no other run"
               " writes into it", file=sys.stderr)

@@ -31,6 +31,7 @@ def work(home, tmp_path, monkeypatch):
 
 def test_the_readme_has_commands_for_every_script():
     scripts = [words[0] for words in rehearsal.readme_commands()]
+    assert {"prompts/make_geneval.py", "prompts/draw_prompts.py"} < set(scripts)
     assert len(scripts) >= 13 and set(scripts) == set(rehearsal.SMALL)
     words = ["--no-kl", "--filter-low"]
     assert rehearsal.readme_commands()[0] == ["train.py", *words]      # the main command
