@@ -42,7 +42,10 @@ def run(main, less_memory="a smaller --batch"):
             raise
         number = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
                        if name in os.environ), "0")
-        first = STORE.add("failed", 1) == 1 if STORE else number == "0"
+        try:
+            first = STORE.add("failed", 1) == 1 if STORE else number == "0"
+        except RuntimeError:        # the store went with the process that failed first
+            first = False
         if first and not isinstance(said, int):
             print(said or traceback.format_exc(), file=sys.stderr)
         sys.stdout.flush()

@@ -435,15 +435,25 @@ MANY = ("--model shapes --no-kl --prompts-per-step 1 --group-size 4 --unmask-ste
 
 
 def test_two_machines_with_one_folder_and_with_two():
-    def both(first, second, *command, n=1):
-        return finish(*(torchrun(folder, ROOT / command[0], *command[1:], node=node, n=n)
-                        for node, folder in enumerate((first, second))))
+    def both(*command):
+        return finish(*(torchrun("one", ROOT / command[0], *command[1:], node=node)
+                        for node in (0, 1)))
+
+    def apart(*command, n=1):
+        """The processes of two machines with folders of their own, without torchrun's."""
+        place = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29572",
+                 "WORLD_SIZE": str(2 * n)}
+        return finish(*(subprocess.Popen(
+            [sys.executable, ROOT / command[0], *command[1:]], cwd="ab"[rank // n], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank % n)})
+            for rank in range(2 * n)))
 
     for name in ("one", "a", "b"):
         Path(name).mkdir()
-    _, codes = both("one", "one", "train.py", *MANY)
+    _, codes = both("train.py", *MANY)
     assert codes == [0, 0]
-    printed, codes = both("one", "one", "train.py", *MANY, "--steps", 3, "--resume")
+    printed, codes = both("train.py", *MANY, "--steps", 3, "--resume")
     assert codes == [0, 0] and [row["step"] for row in metrics(Path("one/run"))] == [1, 2, 3]
 
     # folders of their own, in which the second machine has older weights
@@ -451,15 +461,15 @@ def test_two_machines_with_one_folder_and_with_two():
     shutil.copytree("one/run", "b/run")
     name = "pytorch_model.safetensors"
     shutil.copy(f"b/run/checkpoint-2/{name}", f"b/run/checkpoint-3/{name}")
-    printed, codes = both("a", "b", "train.py", *MANY, "--steps", 4, "--resume")
+    printed, codes = apart("train.py", *MANY, "--steps", "4", "--resume")
     assert 0 not in codes and "".join(printed).count("the processes differ in their weights") == 1
 
     # all pictures are scored, though each machine has its own, and two of four processes have none
     for name in ("a", "b"):
         shutil.copy("other.jsonl", name)
     flags = "--model shapes --images-per-prompt 2 --steps 2 --prompts other.jsonl --out out".split()
-    printed, codes = both("a", "b", "eval_geneval.py", *flags, n=2)
-    assert codes == [0, 0] and "Total images: 4\n" in printed[0]
+    printed, codes = apart("eval_geneval.py", *flags, n=2)
+    assert codes == [0] * 4 and "Total images: 4\n" in printed[0]
     assert [len(list(Path(name).rglob("0*.png"))) for name in ("a/out", "b/out")] == [4, 0]
 
 
