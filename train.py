@@ -454,12 +454,17 @@ def bits(showo):
                for p in showo.parameters())
 
 
-def settings_of(args, examples, reward, eval_reward) -> dict:
+def settings_of(args, examples, reward, eval_reward, trainer) -> dict:
     """Return what a run depends on: its flags, without the passwords of URLs, and what they name:
     its prompts and weights."""
+    # a resumed run needs the base for adapters and for the KL only; it may be gone
+    if trainer and not (args.lora or args.kl and args.kl_beta):
+        base = trainer["args"].get("weights of the base")
+    else:
+        base = fingerprint(args.ckpt or args.model)
     return {**vars(args), "reward": reward.spec, "eval_reward": eval_reward.spec,
             "number of processes": processes.world(), "texts of the prompts": digest(examples),
-            "weights of the base": fingerprint(args.ckpt or args.model)}
+            "weights of the base": base}
 
 
 def describe_run(args, settings, examples, showo, magvit, trainer, out) -> str:
@@ -512,7 +517,7 @@ def main():
     examples, reward, held_out, eval_reward = load_task(args, device)
     showo, magvit, reference, optimizer = load_policy(args, device, folder, trainer)
     sample_filter = SampleFilter(warmup=48)         # three steps of 16 prompts
-    settings = settings_of(args, examples, reward, eval_reward)
+    settings = settings_of(args, examples, reward, eval_reward, trainer)
     processes.demand_equal(flags={k: v for k, v in settings.items() if k not in run.FREE},
                            prompts=digest(held_out), weights=bits(showo))
 

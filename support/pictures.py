@@ -27,7 +27,8 @@ def encode_png(image) -> str:       # uint8[3, H, W] -> base64
     return base64.b64encode(file.getvalue()).decode()
 
 
-def read_picture(path):     # -> uint8[3, H, W]
+def read_picture(path):
+    """Return a picture as uint8[3, H, W]; SystemExit with its name if it is not whole."""
     try:
         image = Image.open(path)
         if image.mode.startswith("I"):      # 16 bits of grey, which PIL would cut off at 255

@@ -637,3 +637,11 @@ processes.run(lambda: processes.setup("cuda:7" if os.environ["RANK"] == "1" else
 """)
     printed, codes = finish(torchrun(".", "dev.py", n=2))
     assert 0 not in codes and printed[0].count("--device cuda:7: there is none") == 1
+
+
+def test_a_resumed_run_does_without_the_weights_that_it_began_with(trained):
+    shutil.copytree(trained, "base")
+    call("--ckpt", "base", "--out", "run")
+    shutil.rmtree("base")
+    call("--ckpt", "base", "--out", "run", "--resume", "--steps", 3)
+    assert [row["step"] for row in metrics(Path("run"))] == [1, 2, 3]
