@@ -22,7 +22,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """Return the advantages of rewards Float[P, G], each group against its own mean: Float[P, G].
 
     The standard deviation is the sample's (G - 1). Equal rewards have zero advantages. A reward
-    that is not finite has A = 0 and stands in no mean or standard deviation."""
+    that is not finite has A = 0 and is left out of its group's mean and standard deviation."""
     adv = torch.zeros_like(rewards)
     for group, A in zip(rewards, adv, strict=True):
         scored = group.isfinite()
@@ -59,7 +59,7 @@ def kl_k3(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
 
 
 class SampleFilter:
-    """Sec. 3.3: a group whose reward std lies under a percentile of the history's is sampled again.
+    """Sec. 3.3: a group whose reward std is below a percentile of all stds so far is sampled again.
 
     percentile: of the history, 0-100; warmup: groups to see before it acts. The history holds all
     sampled groups: if only those that passed counted, the bar would climb by itself."""

@@ -70,8 +70,8 @@ def block(x, w, text, rotary, mask, at, heads, dtype):
     by side on one layer norm. Return Float32 (B, n, C), or (B, M, C).
 
     x Float32 (B, n, C): the residual stream. w: {name: (weight, bias, ...)}. text: keys and values
-    (B, heads, n_text, d) that stand before those of x; None: x is the text, whose keys and values
-    are returned, too. rotary: cos and sin, (n, r) each. mask: of attention, (B, 1, 1 or n,
+    (B, heads, n_text, d) of the tokens before x; None: x is the text itself, and its keys and
+    values are returned, too. rotary: cos and sin, (n, r) each. mask: of attention, (B, 1, 1 or n,
     n_text + n), or None. at Long (B, M): the positions that are wanted, or None. dtype: of the
     matrix products; norms and sums are float32.
     Source: transformers' PhiDecoderLayer with qk_layernorm, which Show-o forces."""
@@ -157,10 +157,10 @@ class Prompt:
 class Showo(nn.Module):
     """Phi with q/k layer norms that predicts the code of every masked image token.
 
-    .N image tokens, .K codes. config: Show-o's config.json; phi: sizes, over those of Phi-1.5.
-    .dtype: of products, whatever that of the weights is. .compiled: block() runs as fused kernels
-    (torch.compile). .grad_checkpoint: the backward pass computes again what
-    lies inside of blocks. Source: showlab/Show-o modeling_showo.py, prompting_utils.py."""
+    .N image tokens, .K codes. config: Show-o's config.json; phi: sizes that differ from
+    Phi-1.5's. .dtype: of matrix products; the weights may have another. .compiled: block() runs as
+    fused kernels (torch.compile). .grad_checkpoint: the backward pass computes the inside of blocks
+    again. Source: showlab/Show-o modeling_showo.py, prompting_utils.py."""
 
     def __init__(self, config: dict, phi: dict, tokenizer):
         super().__init__()
@@ -311,7 +311,7 @@ class Showo(nn.Module):
 
         rotary, x = self._rotary(start, n), F.embedding(ids, text.embed)            # (B, n, C)
         for i, (w, layer) in enumerate(zip(text.weights, text.layers, strict=True)):
-            # the last block computes at some positions alone, which stand after <|soi|>
+            # the last block computes only the wanted positions; + 1: <|soi|> comes first
             at = positions + 1 if i == len(text.layers) - 1 else None
             before = [kv.index_select(0, prompt.row).to(self.dtype) for kv in layer]
             x = self._run(x, w, before, rotary, mask, at)
@@ -402,7 +402,7 @@ def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.floa
                like=None) -> Showo:
     """Load Show-o from a folder or hub id with config.json and weights, or from a bare state_dict
     file (.pth, .bin, .safetensors). like: folder or hub id that has the config.json of a bare file,
-    if none stands beside it. tokenizer: folder or hub id (default: the folder's own, or
+    if there is none beside it. tokenizer: folder or hub id (default: the folder's own, or
     microsoft/phi-1_5)."""
     path = fetch(path_or_hub_id)
     state = {name: weight for name, weight in read_weights(path, device, dtype).items()
@@ -441,17 +441,17 @@ def load_models(model, *, ckpt=None, vq=None, tokenizer=None, device="cpu", dtyp
 
 
 def describe(showo, magvit, prompts=()) -> str:
-    """Return a line that says what was loaded, whether prompts stand twice, and how many of the
+    """Return a line that says what was loaded, whether prompts repeat, and how many of the
     first 10,000 are too long for encode()."""
     millions = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (showo, magvit)]
     line = (f"{showo.source}: {millions[0]:.1f}M, N {showo.N}, K {showo.K}; {magvit.source}: "
             f"{millions[1]:.1f}M; on {showo.device}")
     if len(set(prompts)) < len(prompts):
         line += f"; {len(prompts):,} prompts, {len(set(prompts)):,} different"
-    some = list(prompts[:10_000])
+    checked = list(prompts[:10_000])
     n_cut = sum(len(ids) > 128 - 2 for ids in                           # <|t2i|> and bos
-                showo.tokenizer(some)["input_ids"]) if some else 0
-    return line + f"; {n_cut} of {len(some)} prompts are cut to 128 tokens" * bool(n_cut)
+                showo.tokenizer(checked)["input_ids"]) if checked else 0
+    return line + f"; {n_cut} of {len(checked)} prompts are cut to 128 tokens" * bool(n_cut)
 
 
 # ------------------------------------------------------------------------------ MAGVIT-v2

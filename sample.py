@@ -3,7 +3,7 @@
     python sample.py --prompt "a red fox in the snow" --n 4             # Show-o 512, a grid
     torchrun --nproc_per_node 8 sample.py --prompts FILE --out DIR      # PNGs; repeat it to go on
 
-All above the section "pictures" needs torch alone and one function, so it can be copied:
+All above the section "pictures" needs only torch and one function, so it can be copied:
 
     policy(codes: Long[B, N]) -> logits: Float[B, N, K]     # closed over the prompts; K = masked
 
@@ -130,8 +130,8 @@ def rollout(policy, B: int, N: int, K: int, T: int, *, generator, temperature=1.
     generator     a torch.Generator on the policy's device, or a list for equal chunks of the rows
     temperature   of the Gumbel noise at the start, see temperatures(), or one per iteration
     schedule      "cosine", see mask_schedule(), or how many stay masked after each iteration
-    start         Long[B, N], K where masked, equally often in each row (inpainting); the schedule
-                  is that of the masked tokens, where Show-o's inpainting takes that of all N
+    start         Long[B, N], K where masked, equally often in each row (inpainting). The schedule
+                  counts these masked tokens; Show-o's inpainting counts all N
     keep_sampled  False: do without Trajectory.sampled, which only Eq. 13 needs
 
     ValueError where the policy's shape, generators, schedule or start do not fit."""

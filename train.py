@@ -9,7 +9,7 @@ scores into advantages (grpo.py, Eq. 12), and maximize Eq. 10, a mean over the T
 
 Departures from the paper:
 - the default transition is Eq. 15, which is what the released training really computes;
-- the KL is that of the newly unmasked tokens, see kl_to_reference();
+- the KL covers only the newly unmasked tokens, see kl_to_reference();
 - with several rewards, each is normalised in its group (Eq. 12), and then they are added;
 - --loss-steps divides the loss by the number of chosen iterations, not by T;
 - a picture without a score, or a group with a NaN in its rollouts, is left out of the mean;
@@ -20,8 +20,8 @@ Departures from the released training:
 - the cosine starts with the warm-up, whose first step is not 0, and ends at 0 (released: 0.35);
 - bf16 products and float32 weights in place of fp16.
 
-Random numbers depend on (seed, step, prompt slot) alone. A resumed run repeats them bit by bit.
-Another number of processes with the same total of prompts per step does so up to rounding, and
+Random numbers depend only on (seed, step, prompt slot). A resumed run repeats them bit by bit.
+Another number of processes with the same total of prompts per step repeats them up to rounding, and
 rounding can flip a draw: from the second step on such runs agree in their statistics, not in every
 token.
 """
@@ -134,7 +134,7 @@ def parse_args():
 
 @dataclass
 class Groups:
-    """The P groups of G pictures of a step, of this process; rows of a group stand together."""
+    """The P groups of G pictures of a step, of this process; the rows of a group are adjacent."""
     examples: list[dict]        # P
     keys: list[tuple]           # P, what the random numbers of a group depend on
     prompt: Prompt              # P G rows
@@ -232,10 +232,11 @@ def loss_iterations(step, args):
 
 
 def kl_to_reference(logits, logp, traj, t, reference, prompt, args):
-    """Return the KL of Eq. 10 at iteration t, by k3. Departure: it is that of the newly unmasked
-    tokens, Eq. 15, for every transition (why: see kl_k3). With --ratio mean it is divided by n_t.
+    """Return the KL of Eq. 10 at iteration t, by k3. Departure: it covers only the newly
+    unmasked tokens (Eq. 15), for every transition (why: see kl_k3). With --ratio mean the logs are
+    divided by n_t.
 
-    logits Float (b, M, K), those of the newly unmasked first; prompt: prefilled by reference."""
+    logits Float (b, M, K), the newly unmasked positions first; prompt: prefilled by reference."""
     positions = traj.positions(t, "p2")                                         # (b, n_t)
     moved, n = traj.at(positions), positions.shape[1]
     with reference.frozen_base():
@@ -374,7 +375,7 @@ def evaluate(step, examples, args, showo, magvit, reward, out, stop) -> dict:
 # ------------------------------------------------------------------------------ the run
 
 def load_task(args, device):
-    """Return the examples and the reward of training, then those of evaluation."""
+    """Return examples and reward of training, then examples and reward of evaluation."""
     tiny = is_shapes(args.model)
     known, detector = (), None
     if tiny:
@@ -522,9 +523,9 @@ def main():
                            prompts=digest(held_out), weights=bits(showo))
 
     start, evaluated = run.begin(out, trainer, sample_filter)
-    log, stop, models = run.Log(out, settings, start), run.StopSignal(), (showo, magvit)
+    log, stop = run.Log(out, settings, start), run.StopSignal()
     if rank == 0:       # prompts may be many
-        log.say(describe_run(args, settings, examples, *models, trainer, out))
+        log.say(describe_run(args, settings, examples, showo, magvit, trainer, out))
     P, unsaved, bad_steps, row = args.prompts_per_step, False, 0, {}
     to_save = (showo, optimizer, sample_filter, settings, stop)
     try:
@@ -535,11 +536,12 @@ def main():
             if unsaved and (last or args.save_every and step % args.save_every == 0):
                 run.save(out, step, *to_save)
                 unsaved = False
-            if said := in_vain(bad_steps, row, reward, out):
-                raise processes.Ended(said)
+            if ending := in_vain(bad_steps, row, reward, out):
+                raise processes.Ended(ending)
             due = args.eval_every and (last or step % args.eval_every == 0)
             if due and not (step == start and evaluated):
-                log.evaluation(evaluate(step, held_out, args, *models, eval_reward, out, stop))
+                log.evaluation(evaluate(step, held_out, args, showo, magvit, eval_reward, out,
+                                        stop))
             if last:
                 break
 
@@ -553,7 +555,7 @@ def main():
             rewards = stop.call(score_groups, chosen, traj, magvit, reward)         # (P, G) each
             groups = Groups(chosen, keys, prompt, traj, rewards)
             if args.filter_low:                                                     # Sec. 3.3
-                n_again = sample_again(groups, sample_filter, args, *models, reward, stop)
+                n_again = sample_again(groups, sample_filter, args, showo, magvit, reward, stop)
             times.append(processes.now(device))
 
             adv = advantages(groups, reward.weights)                                # Eq. 12, (B,)

@@ -8,7 +8,7 @@ captions, until it knows what every word means, relations too, and then from cap
 share belongs to another picture of the same family, as captions found on the web often do: it can
 draw everything, and often draws something else than asked. That is what RL then mends.
 
-The CLIP has open_clip's architecture and its local folder. It learns from right captions alone. As
+The CLIP has open_clip's architecture and its local folder. It learns only from right captions. As
 larger ones do, it knows what is in a picture and not how that belongs together (tools/world.py):
 it ranks a right picture over one with another class, count or colour every time, over one whose
 relation is turned round, or whose two colours are exchanged, half of the time.

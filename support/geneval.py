@@ -5,7 +5,7 @@
     detections  {class: [[x1, y1, x2, y2, score], ...]}, in pixels
     colours     {class: [colour, ...]}, one per box that filter_detections keeps, in its order
 
-Rules and texts are those of djghosh13/geneval, evaluate_images.py and summary_scores.py.
+Rules and texts follow djghosh13/geneval, evaluate_images.py and summary_scores.py.
 Departures: the detector is transformers' Mask2Former with mmdet's post-processing. Its weights are
 of another training run than mmdet's, so compare only numbers of one detector (summary.json names
 it). strict_score and exact_score are not part of GenEval: they make its rules training rewards.

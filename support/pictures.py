@@ -67,8 +67,8 @@ def grid(images, captions, columns):
 # ------------------------------------------------------------------------------ a folder's pictures
 
 def drawn_with(args, examples, dtype) -> dict:
-    """Return what a folder's pictures depend on, from the flags of a script that draws. What stands
-    in brackets is a digest of the content, and counts rather than the name."""
+    """Return what a folder's pictures depend on, from the flags of a script that draws. The part
+    in brackets is a digest of the content: two folders of the same content are the same."""
     def named(name, content):
         return f"{name} ({content})"
     weights, vq = args.ckpt or args.model, args.vq or image_tokenizer(args.model)
@@ -106,7 +106,7 @@ def draw_missing(files, examples, draw, batch) -> int:
 
     files: {i: paths}, the pictures of example i. draw(prompts, n=, seeds=) -> uint8[B, 3, H, W]."""
     todo = [i for i, paths in files.items() if not all(map(is_whole, paths))]
-    n_files, n_todo = (sum(len(files[i]) for i in some) for some in (files, todo))
+    n_files, n_todo = (sum(len(files[i]) for i in part) for part in (files, todo))
     there, wanted = (sum(all_lists([number])) for number in (n_files - n_todo, n_files))
     if there and rank() == 0:
         print(f"{there} of {wanted} pictures are there already and stay", flush=True)

@@ -36,8 +36,8 @@ def run(main, less_memory="a smaller --batch"):
     try:
         main()
     except BaseException as error:
-        said = explain(error)
-        expected = isinstance(said, int | str) and "Traceback" not in str(said)
+        message = explain(error)
+        expected = isinstance(message, int | str) and "Traceback" not in str(message)
         if STORE is None and not expected:
             raise
         number = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
@@ -46,11 +46,11 @@ def run(main, less_memory="a smaller --batch"):
             first = STORE.add("failed", 1) == 1 if STORE else number == "0"
         except RuntimeError:        # the store went with the process that failed first
             first = False
-        if first and not isinstance(said, int):
-            print(said or traceback.format_exc(), file=sys.stderr)
+        if first and not isinstance(message, int):
+            print(message or traceback.format_exc(), file=sys.stderr)
         sys.stdout.flush()
         # threads of a process group can abort an exit in the usual order
-        os._exit(said if isinstance(said, int) else 1)
+        os._exit(message if isinstance(message, int) else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -77,7 +77,7 @@ def setup(device=None):
             index = 0 if device.index is None and torch.cuda.device_count() == 1 else index
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
-            torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for every length
+            torch.backends.cuda.enable_cudnn_sdp(False)     # plans anew for each length
             torch.backends.cudnn.allow_tf32 = False         # float32 is never TF32
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, AttributeError) as error:     # each by a build of torch
@@ -99,8 +99,8 @@ def world() -> int:
 
 def choose_dtype(name, device) -> torch.dtype:
     """Return the type that --dtype names: auto is bf16 on a GPU, fp32 on a CPU."""
-    half = name == "bf16" or (name == "auto" and torch.device(device).type == "cuda")
-    return torch.bfloat16 if half else torch.float32
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and on_gpu) else torch.float32
 
 
 def now(device) -> float:
@@ -163,12 +163,12 @@ class Ended(SystemExit):
 def together(function, *args):
     """Call a function in every process -> its result. What fails in one process, by any exception,
     ends all: Ended, with the line or the traceback of the first that failed."""
-    result = said = None
+    result = failure = None
     try:
         result = function(*args)
     except (Exception, SystemExit) as error:
-        said = explain(error)
-    for failed in all_lists([said]):
-        if failed is not None:
-            raise Ended(failed)
+        failure = explain(error)
+    for ending in all_lists([failure]):
+        if ending is not None:
+            raise Ended(ending)
     return result

@@ -4,6 +4,7 @@
     python tools/experiments.py report            # README.md and a plot of each, into --folder
     python tools/experiments.py look              # the two factors of Eq. 14, by iteration
     python tools/experiments.py ceiling           # what the base can draw at all: best of 64
+    python tools/experiments.py iterations --ckpt runs/NAME/checkpoint-N    # scores by T
     python tools/experiments.py curves --folder results     # the README's three seeds, a plot
 
 An experiment compares arms; an arm is DEFAULT with some flags of train.py exchanged, run once per
@@ -26,6 +27,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 import torch
 from matplotlib.figure import Figure
 from speed import markdown
@@ -41,7 +43,9 @@ DEFAULT = dict(
     eval_reward="geneval:official,geneval:exact:0,clip:shapes/clip:0", steps=20,
     prompts_per_step=8, group_size=8, unmask_steps=12, no_kl=True, filter_low=True,
     transition="p2", ratio="sum", lr="8e-4", eval_every=20, save_every=0)
-SEEDS = {"long": (3, 4)}        # of the others 3 to 7
+SEEDS = {"long": (3, 4), "lr": (1, 2)}      # of the others 3 to 7
+DRAWN_WITH = {"work": (6, 20)}              # T of two more evaluations at the end of a run
+WORKS = (5, 10, 20, 30)                     # at which the table of "work" has the score
 
 # of the log, over steps
 MEANS = ("adv_zero", "resampled", "grad_norm", "kl_ref", "taken")
@@ -86,6 +90,35 @@ EXPERIMENTS = {
 }
 
 
+# Work is counted in steps of 128 pictures x 12 iterations, each rolled out once (1) and trained
+# once (3): that is how a step's time divides.
+def work_of(arm):
+    """Return the work of a step of an arm."""
+    arm = DEFAULT | arm
+    T, pictures = arm["unmask_steps"], arm["prompts_per_step"] * arm["group_size"]
+    return pictures / 128 * (T + 3 * arm.get("loss_steps", T)) / (4 * 12)
+
+
+def to_work(work, arm, every):
+    """Return an arm that ends after this work, and is evaluated each time after `every`."""
+    step = work_of(arm)
+    return arm | dict(steps=round(work / step), eval_every=round(every / step))
+
+
+T4, RANDOM = FIRST | dict(unmask_steps=4), dict(loss_steps_from="random")
+WORK = {
+    "T 12": FIRST, **{f"T {T}": FIRST | dict(unmask_steps=T) for T in (8, 6, 4, 3)},
+    "T 12, loss on 6": FIRST | RANDOM | dict(loss_steps=6),
+    "T 12, loss on 3": FIRST | RANDOM | dict(loss_steps=3),
+    "T 4, 64 pictures": T4 | dict(prompts_per_step=8),
+    "T 4, 256 pictures": T4 | dict(prompts_per_step=32)}
+CHOSEN = dict.fromkeys(WORK, "5e-4")        # by "lr": the best of its three, in the mean
+EXPERIMENTS["lr"] = {f"{label}, {lr}": to_work(10, arm | dict(lr=lr, eval_n=4), every=10)
+                     for label, arm in WORK.items() for lr in ("3e-4", "5e-4", "8e-4")}
+EXPERIMENTS["work"] = {label: to_work(30, arm | dict(lr=CHOSEN[label]), every=5)
+                       for label, arm in WORK.items()}
+
+
 def flags_of(arm):
     """Return the flags of train.py for an arm, as one line."""
     words = []
@@ -124,22 +157,35 @@ def mean_of(key, steps):
     return round(statistics.fmean(values or [math.nan]), 5)
 
 
-def train(flags, seed, folder):
+def call(script, *flags):
+    """Run a script on one thread; return whether it ended well."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        last_line = done.stderr.strip().splitlines()[-1:]
+        print(script, *flags, *last_line, file=sys.stderr, flush=True)
+    return not done.returncode
+
+
+def score_of(checkpoint, T, out):
+    """Return the overall score of a checkpoint whose pictures are drawn with T iterations."""
+    call("eval_geneval.py", "--model", "shapes", "--ckpt", checkpoint, "--steps", T,
+         "--images-per-prompt", 8, "--out", out)
+    return json.loads((out / "summary.json").read_text())["overall"]
+
+
+def train(flags, seed, drawn_with, folder):
     """Run train.py with these flags and this seed, and add its row to folder/rows.jsonl; return
     whether it ran to its end."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        command = [sys.executable, str(ROOT / "train.py"), *flags.split(), "--seed", str(seed),
-                   "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            last_line = done.stderr.strip().splitlines()[-1:]
-            print(f"{flags}, seed {seed}:", *last_line, file=sys.stderr, flush=True)
+        if not call("train.py", *flags.split(), "--seed", seed, "--out", out):
             return False
         row = row_of(flags, seed, out)
-    if row is None:
-        return False
+        if row is None:
+            return False
+        last = out / f"checkpoint-{row['eval'][-1]['step']}"
+        row["drawn_with"] = {T: score_of(last, T, Path(scratch) / f"T{T}") for T in drawn_with}
     with (folder / "rows.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{flags}, seed {seed}: {row['eval'][-1]['overall']:.3f}", flush=True)
@@ -155,9 +201,9 @@ def run(args):
             for arm in EXPERIMENTS[name].values():
                 job = flags_of(arm | exchanged), seed
                 if job not in there:
-                    todo[job] = None            # a set that keeps its order
+                    todo[job] = DRAWN_WITH.get(name, ())
     with ThreadPoolExecutor(args.jobs) as pool:
-        ended_well = list(pool.map(lambda job: train(*job, args.folder), todo))
+        ended_well = list(pool.map(lambda job: train(*job, todo[job], args.folder), todo))
     if not all(ended_well):
         sys.exit(1)
 
@@ -282,6 +328,55 @@ def best_table(arms):
     return markdown(lines)
 
 
+def scores_at(work, label, rows):
+    """Return the scores of an arm's runs after some work, between two evaluations on the line from
+    one to the other."""
+    step = work_of(EXPERIMENTS["work"][label])
+    return [float(numpy.interp(work, [e["step"] * step for e in row["eval"]],
+                               [e["overall"] for e in row["eval"]])) for row in rows]
+
+
+def work_table(arms):
+    """Return a Markdown table of scores after some work, and of the work to a mean of 0.80."""
+    lines = [["arm", "lr", *(f"work {work}" for work in WORKS), "work to 0.80",
+              *(f"drawn with T {T}" for T in DRAWN_WITH["work"]), "seeds"]]
+    for label, rows in arms.items():
+        cells = ["{:.3f} ± {:.3f}".format(*interval(scores_at(work, label, rows)))
+                 for work in WORKS]
+        reached = [work for work in numpy.arange(0, WORKS[-1], 0.1)
+                   if statistics.fmean(scores_at(work, label, rows)) >= 0.8]
+        drawn = [statistics.fmean(row["drawn_with"][str(T)] for row in rows)
+                 for T in DRAWN_WITH["work"]]
+        lines.append([label, CHOSEN[label], *cells, f"{reached[0]:.1f}" if reached else "-",
+                      *(f"{score:.3f}" for score in drawn), len(rows)])
+    return markdown(lines)
+
+
+def plot_work(arms, path):
+    """Draw the mean score of each arm over the work, and the range of its seeds."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    works = numpy.arange(0, WORKS[-1] + 0.1, 0.5)
+    groups = [[label for label in arms if "," not in label],
+              [label for label in arms if "," in label or label in ("T 12", "T 4")]]
+    for axes, labels in zip(figure.subplots(1, 2, sharey=True), groups, strict=True):
+        for label in labels:
+            scores = numpy.array([scores_at(work, label, arms[label]) for work in works])
+            axes.plot(works, scores.mean(1), label=label)
+            axes.fill_between(works, scores.min(1), scores.max(1), alpha=0.12)
+        axes.set(xlabel="work", ylim=(0.5, 0.9))
+        axes.grid(alpha=0.4)
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def iterations_table(found):
+    """Return a Markdown table of what iterations() wrote."""
+    values = list(found.values())
+    return markdown([["drawn with", *(f"T {T}" for T in values[0])],
+                     *([name, *(f"{score:.3f}" for score in scores.values())]
+                       for name, scores in found.items())])
+
+
 def look_table(rows):
     """Return a Markdown table of what look() wrote."""
     header = ["iteration", "objects", "re-masked positions", "log, newly unmasked",
@@ -292,13 +387,19 @@ def look_table(rows):
 def report(args):
     """Put tables and plots into notes.md where it says [table NAME] -> folder/README.md."""
     there, folder = runs_in(args.folder), args.folder
-    blocks = dict.fromkeys(("look", "ceiling", "best"), "no numbers yet")
+    blocks = dict.fromkeys(("look", "ceiling", "best", "work", "iterations"), "no numbers yet")
     if (folder / "p1.json").exists():
         blocks["look"] = look_table(json.loads((folder / "p1.json").read_text()))
     if (folder / "ceiling.json").exists():
         found = json.loads((folder / "ceiling.json").read_text())
         plot_ceiling(found, folder / "ceiling.png")
         blocks["ceiling"] = ceiling_table(found) + "\n\n![ceiling](ceiling.png)"
+    if (folder / "iterations.json").exists():
+        blocks["iterations"] = iterations_table(json.loads((folder /
+                                                            "iterations.json").read_text()))
+    if arms := found_arms("work", there):
+        plot_work(arms, folder / "work.png")
+        blocks["work"] = f"{work_table(arms)}\n\n![work](work.png)"
     for name, columns in COLUMNS.items():
         arms = found_arms(name, there)
         blocks[name] = "no runs yet"
@@ -383,6 +484,20 @@ def ceiling(args, n=64):
     print(ceiling_table(found))
 
 
+# -------------------------------------------------------------------------------------- iterations
+
+def iterations(args):
+    """Score pictures that are drawn with few and with many iterations, by the base and by a trained
+    checkpoint -> folder/iterations.json."""
+    found = {}
+    for name, checkpoint in (("base", ROOT / "shapes"), ("trained", args.ckpt)):
+        with tempfile.TemporaryDirectory() as scratch:
+            found[name] = {T: score_of(checkpoint, T, Path(scratch) / str(T))
+                           for T in (6, 12, 16, 20, 24, 36)}
+    (args.folder / "iterations.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(iterations_table(found))
+
+
 # ------------------------------------------------------------------------------------------ curves
 
 def curves(args):
@@ -405,7 +520,8 @@ def curves(args):
 
 
 def main():
-    commands = {"run": run, "report": report, "look": look, "ceiling": ceiling, "curves": curves}
+    commands = {"run": run, "report": report, "look": look, "ceiling": ceiling,
+                "iterations": iterations, "curves": curves}
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("what", choices=list(commands))
     p.add_argument("names", nargs="*", metavar="NAME",
@@ -417,6 +533,7 @@ def main():
                    help="to run in place of an experiment's own")
     p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
                    help="flags to exchange in every arm, such as steps=1; give another --folder")
+    p.add_argument("--ckpt", type=Path, default=ROOT / "shapes", help="for iterations")
     args = p.parse_args()
     unknown = set(args.names) - set(EXPERIMENTS)
     if unknown:

@@ -5,15 +5,16 @@
 
 base: GenEval's rule (official), and the stricter ones, by family (mean: of the families, not of the
 prompts); 63 held-out prompts x --n pictures. relations: the share of pictures that show what was
-asked, and that show the opposite (the relation turned round, two colours exchanged): as often, if
-the policy draws the right objects and does not know what the words between them mean; 32 training
-combinations of each family x --n pictures. order: the share of all tokens, and of all objects, that
-each iteration places, and the policy's entropy at the tokens that it places, in nats. clip: how
-often the CLIP ranks a right picture over a wrong one, by family. Four kinds of wrong pictures:
-"other", of another prompt of the family; "near", with one thing changed (a class, the count by one,
-a colour, the relation, colours exchanged); "more", with an object that nobody asked for; "drawn",
-what the policy draws wrong, beside what it draws right for the same prompt. counts: the CLIP's mean
-score of pictures that show so many objects, by the number that was asked for.
+asked, and that show the opposite (the relation turned round, two colours exchanged), and the share
+that show the asked relation or colours among those that show both objects; of 32 combinations that
+RL trains on and of the 12 that are held out, for each family x --n pictures. order: the share of
+all tokens, and of all objects, that each iteration places, and the policy's entropy at the tokens
+that it places, in nats. clip: how often the CLIP ranks a right picture over a wrong one, by family.
+Four kinds of wrong pictures: "other", of another prompt of the family; "near", with one thing
+changed (a class, the count by one, a colour, the relation, colours exchanged); "more", with an
+object that nobody asked for; "drawn", what the policy draws wrong, beside what it draws right for
+the same prompt. counts: the CLIP's mean score of pictures that show so many objects, by the number
+that was asked for.
 """
 import argparse
 import copy
@@ -32,8 +33,8 @@ from reward import make_reward  # noqa: E402
 from sample import rollout  # noqa: E402
 from shapes import world  # noqa: E402
 from shapes.pretrain import render  # noqa: E402
+from support.flags import SAMPLING  # noqa: E402
 from support.geneval import verdicts  # noqa: E402
-from train import PRESETS  # noqa: E402
 
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -83,18 +84,20 @@ def order_of(traj) -> dict:
 
 # ----------------------------------------------------------------------------------- relations
 
-def relations(showo, magvit, n, T) -> dict:
+def relations(showo, magvit, n, T, split="train") -> dict:
     """Return, of pictures of position and of two colours, the shares in which GenEval's rule finds
-    what was asked, and the opposite."""
+    what was asked, and the opposite, and what was asked among those that show both objects."""
     rng, out = random.Random(0), {}
     for tag in ("position", "color_attr"):
-        lines = [line for line in world.prompts("train") if line["tag"] == tag][:32]
+        lines = [line for line in world.prompts(split) if line["tag"] == tag][:32]
         traj, _ = draw(showo, lines, n, T)
         found = world.detect(to_uint8(magvit.decode(traj.codes)))
         asked = [line for line in lines for _ in range(n)]
-        opposite = [nearly(line, rng) for line in asked]
-        out[tag] = {"asked": verdicts(asked, found)["official"].mean().item(),
-                    "opposite": verdicts(opposite, found)["official"].mean().item()}
+        objects = [line | {"include": [{"class": clause["class"], "count": 1}
+                                       for clause in line["include"]]} for line in asked]
+        right, opposite, both = (verdicts(wanted, found)["official"].mean().item() for wanted in
+                                 (asked, [nearly(line, rng) for line in asked], objects))
+        out[tag] = {"asked": right, "opposite": opposite, "given both objects": right / both}
     return out
 
 
@@ -178,11 +181,11 @@ def counts(clip, n) -> dict:
     return out
 
 
-def look(n, clip_name, ckpt) -> dict:
+def look(n, clip_name, ckpt, T) -> dict:
     """Return all numbers; see the top."""
     showo, magvit = load_models("shapes", ckpt=ckpt)
     clip, rng = make_reward(f"clip:{clip_name}"), random.Random(0)
-    lines, T = world.prompts("eval"), PRESETS["shapes"]["unmask_steps"]
+    lines = world.prompts("eval")
     traj, policy = draw(showo, lines, n, T)
     pictures = to_uint8(magvit.decode(traj.codes))
     asked = [line for line in lines for _ in range(n)]
@@ -194,6 +197,7 @@ def look(n, clip_name, ckpt) -> dict:
     return {
         "base": {name: by_family(values, asked) for name, values in found.items()},
         "relations": relations(showo, magvit, n, T),
+        "held-out relations": relations(showo, magvit, n, T, "eval"),
         "order": {**order_of(traj), "entropy": entropies(traj, policy)},
         "clip": {
             "other": ranked(clip, asked, right, wrong_pictures(asked, another, rng)),
@@ -212,7 +216,7 @@ def show(numbers):
             row = dict(enumerate(row)) if isinstance(row, list) else row
             row = row if isinstance(row, dict) else {"": row}
             cells = (f"{key} {'-' if x is None else f'{x:.3f}'}" for key, x in row.items())
-            print(f"{part:<10} {name}:", ", ".join(cells))
+            print(f"{part:<18} {name}:", ", ".join(cells))
 
 
 def main():
@@ -220,9 +224,11 @@ def main():
     p.add_argument("--ckpt", help="a checkpoint trained from the base, in its place")
     p.add_argument("--clip", default="shapes/clip", help="open_clip's folder")
     p.add_argument("--n", type=int, default=8, help="pictures per prompt")
+    p.add_argument("--steps", type=int, default=SAMPLING["shapes"]["T"], dest="T",
+                   help="T, unmasking iterations")
     p.add_argument("--json", type=Path, help="where to write")
     args = p.parse_args()
-    numbers = look(args.n, args.clip, args.ckpt)
+    numbers = look(args.n, args.clip, args.ckpt, args.T)
     show(numbers)
     if args.json:
         args.json.write_text(json.dumps(numbers, indent=1) + "\n")
