@@ -64,11 +64,11 @@ class SampleFilter:
     percentile: of the history, 0-100; warmup: groups to see before it acts. The history holds all
     sampled groups: if only those that passed counted, the bar would climb by itself."""
 
-    def __init__(self, percentile=10.0, warmup=50):
+    def __init__(self, percentile: float = 10.0, warmup: int = 50):
         self.percentile, self.warmup, self.history = percentile, warmup, []
 
     @property
-    def bar(self):
+    def bar(self) -> float | None:
         """The std that a group must reach now; None while warming up."""
         if len(self.history) < max(self.warmup, 1):
             return None
@@ -83,12 +83,12 @@ class SampleFilter:
         low = torch.zeros_like(std, dtype=torch.bool) if bar is None else (std < bar) | (std == 0)
         return ~low
 
-    def remember(self, std: torch.Tensor):
+    def remember(self, std: torch.Tensor) -> None:
         """Add the stds of groups, of all processes, to the history; NaN is left out."""
         self.history += std[std.isfinite()].tolist()
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {"history": list(self.history)}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         self.history = list(state["history"])

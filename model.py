@@ -20,7 +20,9 @@ import contextlib
 import functools
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -199,7 +201,7 @@ class Showo(nn.Module):
             row[-len(text):] = torch.tensor(text)
         return Prompt(ids.to(self.device), torch.arange(len(ids), device=self.device))
 
-    def prefill(self, prompt: Prompt, guided=False) -> Prompt:
+    def prefill(self, prompt: Prompt, guided: bool = False) -> Prompt:
         """Return the prompt with its Text, for many logits() while the weights stay as they are;
         prompts that no row uses are left out. guided: prefill the empty prompt, too."""
         used, row = prompt.row.unique(return_inverse=True)
@@ -246,7 +248,7 @@ class Showo(nn.Module):
         return torch.cat([angle, angle], 1).cos(), torch.cat([angle, angle], 1).sin()
 
     @contextlib.contextmanager
-    def shared_text(self, prompt: Prompt):
+    def shared_text(self, prompt: Prompt) -> Iterator[Prompt]:
         """Prefill once, backpropagate many times. Inside the context the text is a leaf that
         collects the gradients of all image passes; on exit they go through the text pass in one
         backward(). In between nothing else may use the leaves."""
@@ -262,7 +264,8 @@ class Showo(nn.Module):
                    if leaf.grad is not None]
         torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
 
-    def policy(self, prompt: Prompt, guidance: float = 0.0, batch: int | None = None):
+    def policy(self, prompt: Prompt, guidance: float = 0.0,
+               batch: int | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return sample.rollout's function codes -> logits; the text is computed here, once. batch:
         rows at a time, for memory."""
         prompt = self.prefill(prompt, guided=bool(guidance))
@@ -273,7 +276,8 @@ class Showo(nn.Module):
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         return policy
 
-    def logits(self, codes, prompt: Prompt, *, guidance: float = 0.0, positions=None):
+    def logits(self, codes: torch.Tensor, prompt: Prompt, *, guidance: float = 0.0,
+               positions: torch.Tensor | None = None) -> torch.Tensor:
         """Return the logits of codes Long[B, N] (K = masked) under prompts of B rows: Float32
         [B, N, K]; logits[:, i] predict the code at position i.
 
@@ -335,7 +339,7 @@ class Showo(nn.Module):
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         return block(*args)
 
-    def save(self, folder):
+    def save(self, folder: Path) -> None:
         """Write Show-o's layout, with the tokenizer's files and phi_config.json."""
         self.tokenizer.save_pretrained(folder)
         disk.mend_tokenizer(folder)
@@ -358,7 +362,7 @@ class Showo(nn.Module):
                 nn.init.kaiming_uniform_(module.lora_A, a=math.sqrt(5))
 
     @contextlib.contextmanager
-    def frozen_base(self):
+    def frozen_base(self) -> Iterator["Showo"]:
         """Within, the model is the one that it was before training: adapters off, no gradient."""
         self.adapters_on = False
         try:
@@ -398,8 +402,9 @@ def compiled_block():
 
 # ------------------------------------------------------------------------------ loading
 
-def load_showo(path_or_hub_id, *, tokenizer=None, device="cpu", dtype=torch.float32,
-               like=None) -> Showo:
+def load_showo(path_or_hub_id: str | Path, *, tokenizer: str | Path | None = None,
+               device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+               like: str | Path | None = None) -> Showo:
     """Load Show-o from a folder or hub id with config.json and weights, or from a bare state_dict
     file (.pth, .bin, .safetensors). like: folder or hub id that has the config.json of a bare file,
     if there is none beside it. tokenizer: folder or hub id (default: the folder's own, or
@@ -556,13 +561,13 @@ class MAGVITv2(nn.Module):
         self.decoder = decoder(**self.config["decoder"])
         self.quantize = Quantizer(self.config["encoder"]["z_channels"])
 
-    def encode(self, images):
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Return the codes of images Float[B, 3, H, W] in [-1, 1], row by row: Long[B, N]. H and W
         are multiples of the downsampling."""
         bits = self.encoder(images) > 0                                     # (B, bits, h, w)
         return (bits * self.quantize.power_vals[:, None, None]).sum(1).flatten(1)
 
-    def decode(self, codes, shape=None):
+    def decode(self, codes: torch.Tensor, shape: tuple | None = None) -> torch.Tensor:
         """Return the images of codes Long[B, N]: Float[B, 3, H, W], about [-1, 1], not clamped.
         shape: rows and columns of codes, None = square. Chunks of 1024 codes bound the memory."""
         h, w = shape or (math.isqrt(codes.shape[1]),) * 2
@@ -570,12 +575,12 @@ class MAGVITv2(nn.Module):
         parts = z.contiguous().split(max(1, 1024 // (h * w)))
         return torch.cat([self.decoder(part) for part in parts])
 
-    def save(self, folder):
+    def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""
         disk.write_model(folder, "model", self.state_dict(), config=self.config)
 
 
-def load_magvit(path_or_hub_id, *, device="cpu") -> MAGVITv2:
+def load_magvit(path_or_hub_id: str | Path, *, device: str | torch.device = "cpu") -> MAGVITv2:
     """Load MAGVIT-v2 in float32 from a folder or hub id with config.json and weights."""
     path = fetch(path_or_hub_id)
     with torch.device("meta"):

@@ -21,6 +21,7 @@ turns Eq. 14 into 15, of the token whose noisy confidence is least); with Eq. 13
 masked in the next state (released: each drawn token is fed back).
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,15 +46,15 @@ class Trajectory:
         if self.n_masked is None:           # the same in all rows
             self.n_masked = [int((self.order[0] >= t).sum()) for t in range(self.order.max() + 2)]
 
-    def state(self, t):
+    def state(self, t: int) -> torch.Tensor:
         """Return Y_t: Long (B, N), K where masked."""
         return torch.where(self.order < t, self.codes, self.K)
 
-    def n_unmask(self, t):
+    def n_unmask(self, t: int) -> int:
         """Return n_t of Eq. 4, how many tokens iteration t unmasks."""
         return self.n_masked[t] - self.n_masked[t + 1]
 
-    def positions(self, t, kind):
+    def positions(self, t: int, kind: str) -> torch.Tensor:
         """Return the positions that Eq. 13-15 read at iteration t, the newly unmasked first: Long
         (B, M). p2 reads only those (at least one position); p1 and ar read all masked ones."""
         N = self.codes.shape[1]
@@ -61,7 +62,7 @@ class Trajectory:
         by_time = self.order.argsort(dim=1, stable=True)
         return by_time[:, start:max(end, start + 1) if kind == "p2" else None]
 
-    def at(self, positions):
+    def at(self, positions: torch.Tensor) -> "Trajectory":
         """Return the trajectory cut to positions Long (B, M)."""
         sampled = self.sampled
         if sampled is not None:
@@ -123,8 +124,10 @@ def choose_and_move(conf_logp: torch.Tensor, masked: torch.Tensor, n_stay_masked
 
 
 @torch.no_grad()
-def rollout(policy, B: int, N: int, K: int, T: int, *, generator, temperature=1.0,
-            schedule="cosine", start=None, keep_sampled=True) -> Trajectory:
+def rollout(policy: Callable[[torch.Tensor], torch.Tensor], B: int, N: int, K: int, T: int, *,
+            generator: torch.Generator | list[torch.Generator],
+            temperature: float | list[float] = 1.0, schedule: str | list[int] = "cosine",
+            start: torch.Tensor | None = None, keep_sampled: bool = True) -> Trajectory:
     """Sample B sequences of N tokens in T iterations (Eq. 1-9).
 
     generator     a torch.Generator on the policy's device, or a list for equal chunks of the rows
@@ -241,7 +244,8 @@ def tail_mass(logits, log_norm, threshold):
 # ------------------------------------------------------------------------------ pictures
 
 @torch.no_grad()
-def generate(showo, magvit, prompts, *, n=1, T=50, guidance=5.0, seeds=None, batch=8, **options):
+def generate(showo, magvit, prompts: list[str], *, n: int = 1, T: int = 50, guidance: float = 5.0,
+             seeds: list[int] | None = None, batch: int = 8, **options) -> torch.Tensor:
     """Draw n pictures of each prompt -> uint8 [len(prompts) * n, 3, H, W] on the CPU.
 
     The pictures of prompt i depend on seeds[i] (default i) and n, not on the other prompts. batch:

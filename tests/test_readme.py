@@ -84,8 +84,8 @@ def test_the_example_needs_two_files_and_torch_alone(tmp_path):
     assert done.stdout.splitlines()[-1] == promised
 
 
-@pytest.mark.parametrize("file, wanted", [("sample", {"math", "dataclasses", "torch"}),
-                                          ("grpo", {"torch"})])
+@pytest.mark.parametrize("file, wanted", [
+    ("sample", {"math", "collections", "dataclasses", "torch"}), ("grpo", {"torch"})])
 def test_what_is_pasted_needs_torch_alone(file, wanted):
     tree = ast.parse((ROOT / f"{file}.py").read_text())
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import)

@@ -184,6 +184,7 @@ def test_the_opposite_of_a_relation_is_seen(base, monkeypatch):
             return SimpleNamespace(codes=torch.tensor(codes)), None
         monkeypatch.setattr(measured, "draw", draw)
         for row in measured.relations(*base, n=2, T=12).values():
+            assert (row.pop("given both objects") > 0.9) == (key == "asked")
             assert row.pop(key) > 0.9 and not sum(row.values())
 
 
