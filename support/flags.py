@@ -13,8 +13,8 @@ SAMPLING = {"showo": dict(T=50, guidance=5.0, temperature=1.0, batch=8, n=1),
 
 
 def parser(doc) -> argparse.ArgumentParser:
-    """Return a parser that ends in one plain line (see processes.run()) and shows what a script is
-    and its commands, the first two paragraphs of its docstring, in --help."""
+    """Return a parser whose errors are one plain line (see processes.run()) and whose --help begins
+    with the first two paragraphs of the script's docstring."""
     p = argparse.ArgumentParser(description="\n\n".join(doc.split("\n\n")[:2]), allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = sys.exit

@@ -34,7 +34,7 @@ _resize = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 
 def check_metadata(examples, classes=CLASSES, colours=COLOURS):
     """End the program with a line unless each example has metadata, of classes and colours that the
-    detector knows; others would have the reward 0 for ever."""
+    detector knows; with an unknown one the reward would be 0 for ever."""
     for example in examples:
         for clause in [*example.get("include", [{}]), *example.get("exclude", [])]:
             if not ("tag" in example and clause.get("class") in classes and "count" in clause

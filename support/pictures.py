@@ -80,8 +80,8 @@ def drawn_with(args, examples, dtype) -> dict:
 
 
 def claim_folder(out, facts):
-    """Keep in OUT/drawn.json what draws a folder's pictures. SystemExit if something else has drawn
-    those that are there: they would be taken for new ones."""
+    """Record in OUT/drawn.json what draws a folder's pictures. SystemExit if the pictures that are
+    already there were drawn by something else: they would pass for new ones."""
     path = out / "drawn.json"
     drawn = any(p.suffix.lower() in SUFFIXES for p in out.rglob("*"))
     before = read_json(path) if drawn else {}
@@ -102,7 +102,7 @@ def claim_folder(out, facts):
 
 
 def draw_missing(files, examples, draw, batch) -> int:
-    """Draw the pictures that are not there, or not whole -> how many this process has drawn.
+    """Draw the pictures that are missing or broken -> how many this process has drawn.
 
     files: {i: paths}, the pictures of example i. draw(prompts, n=, seeds=) -> uint8[B, 3, H, W]."""
     todo = [i for i, paths in files.items() if not all(map(is_whole, paths))]
@@ -122,8 +122,9 @@ def draw_missing(files, examples, draw, batch) -> int:
 
 
 def find_pictures(folder, prompts) -> list[list[Path]]:
-    """Return the pictures of each prompt, as many for each, below a folder: those whose names begin
-    with it, else by a number in their names that has a value for each prompt, else in order."""
+    """Match the pictures under a folder with prompts, the same number each. Tried in this order:
+    the file name begins with the prompt; some number in the name takes one value per prompt; sorted
+    order."""
     found = {p: str(p.relative_to(folder)) for p in folder.rglob("*")
              if p.suffix.lower() in SUFFIXES and p.stem != "grid"}
     paths = [p for p, name in found.items() if not re.search(r"(^|[/\\])\.", name)]     # hidden

@@ -27,8 +27,8 @@ def explain(error) -> str | int | None:
 
 
 def run(main, less_memory="a smaller --batch"):
-    """Call main(). The first process to fail prints one line, or a traceback for what is not
-    expected, and ends; the other processes, which then miss it, end silently.
+    """Call main(). The first process that fails prints one line, or a traceback if the error is
+    unexpected. The others exit silently.
 
     less_memory: what the script's user can try when GPU memory runs out."""
     global LESS_MEMORY

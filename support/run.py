@@ -26,7 +26,7 @@ from tqdm import tqdm
 from support.processes import Ended, all_lists, barrier, of_first, rank, together
 from support.weights import read_json, write_json
 
-# a resumed run must have these flags as it had them
+# a resumed run must keep these flags
 FIXED = "model ckpt group_size unmask_steps transition inner_epochs kl lora seed".split()
 FREE = "out resume device wandb".split()        # these may change without a word
 
@@ -61,7 +61,8 @@ def open_run(args):
 
 
 def choose_folder(args):
-    """Return what open_run() does. Without --resume, a folder that holds a run is refused."""
+    """Choose for open_run(), in process 0. Without --resume, a folder that holds a run is
+    refused."""
     resumed = Path(args.resume) if args.resume and args.resume != "auto" else None
     new = f"{Path(args.model).name}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     out = Path(args.out or (resumed.parent if resumed else Path("runs") / new))
@@ -158,8 +159,8 @@ def changes(before: dict, now: dict) -> str:
 
 def save(out, step, showo, optimizer, sample_filter, settings, stop):
     """Write a checkpoint, then delete all older ones but --keep-last (0 = keep all). Every process
-    calls it, and waits until the checkpoint is whole; a signal meanwhile is heard, not obeyed.
-    Weights that are not finite are not saved."""
+    calls it, and waits until the checkpoint is whole. A signal during the save is obeyed
+    afterwards. Weights that are not finite are not saved."""
     if not all(bool(p.isfinite().all()) for p in showo.parameters()):
         if rank() == 0:
             print(f"step {step}: the weights are not finite and were not saved", flush=True)
@@ -200,10 +201,10 @@ def write_checkpoint(out, step, showo, optimizer, sample_filter, settings):
 # ------------------------------------------------------------------------------ stop
 
 class StopSignal:
-    """A signal asks the run to save and to end. What can be done again, inside of call(), ends at
-    once; an update is finished first. A second signal ends the run at once, but not within a second
-    of the first (torchrun passes on what its processes have received, too), and not while .saving.
-    """
+    """A signal asks the run to save and to end. Work inside call() can be repeated, so the signal
+    ends it at once; an update is finished first. A second signal ends the run at once, but not
+    within a second of the first (torchrun passes on what its processes have received, too), and not
+    while .saving."""
 
     def __init__(self):
         self.number, self.since, self.inside, self.saving = 0, 0.0, False, False
@@ -227,8 +228,8 @@ class StopSignal:
             raise Ended(128 + number)
 
     def call(self, function, *args):
-        """Call a function in every process, together(). It may be left in the middle: what it does
-        must not outlive it, or only when it returns."""
+        """Call a function in every process, together(). A signal may end it in the middle, so it
+        must change nothing that outlives it before it returns."""
         def interruptible():
             if self.number and not self.saving:
                 raise SystemExit(128 + self.number)

@@ -42,8 +42,8 @@ def library(name):
 
 
 def local(path) -> Path:
-    """Return a path; shapes/ is always this project's, prompts/ where there is no other such file,
-    from any working folder."""
+    """Resolve a path from any working folder: shapes/ is always this project's, and so is prompts/
+    unless the file exists where you are."""
     room, path = Path(path).parts[:1], Path(path)
     own = room == ("shapes",) or room == ("prompts",) and not path.exists()
     return ROOT / path if own else path
