@@ -1,6 +1,7 @@
 """Every script beside the code runs, at its smallest size, and writes what it says."""
 import importlib
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -90,8 +91,9 @@ def test_a_card_that_ran_the_present_code_takes_the_place_of_the_earlier_ones(
 
 # ------------------------------------------------------------------------------- experiments.py
 
-def test_an_experiment_runs_what_has_no_row_yet(call, tmp_path):
+def test_an_experiment_runs_what_has_no_row_yet(call, monkeypatch, tmp_path):
     """Of "filter", the arm without the filter is there."""
+    monkeypatch.setitem(experiments.DRAWN_WITH, "filter", (2,))
     tiny = dict(pair.split("=") for pair in TINY)
     off, on = (experiments.flags_of(arm | tiny)
                for arm in experiments.EXPERIMENTS["filter"].values())
@@ -102,7 +104,7 @@ def test_an_experiment_runs_what_has_no_row_yet(call, tmp_path):
     assert "--filter-low" in row["flags"] and "--filter-low" not in off and row["flags"] == on
     assert on.startswith("--model shapes --reward clip:shapes/clip ")
     assert row["seed"] == 1 and [line["step"] for line in row["eval"]] == [0, 1]
-    assert row["grad_norm"] > 0 and row["taken"] == 1
+    assert row["grad_norm"] > 0 and row["taken"] == 1 and 0 < row["drawn_with"]["2"] < 1
     assert "entropy" not in row["eval"][0] and 5 < row["eval"][1]["entropy"] < 6
 
 
@@ -111,16 +113,41 @@ def test_a_report_has_the_tables_of_what_was_run(call, tmp_path):
                 {"step": step, "overall": 0.5 + seed / 100, "geneval:exact": 0.25,
                  "clip:shapes/clip": 16.0, **dict.fromkeys(experiments.FAMILIES, 0.5),
                  **({"entropy": 5.4} if step else {})}
-                for step in (0, 20)], **dict.fromkeys(experiments.MEANS, 1.0)}
-            for name in ("kl", "long") for arm in experiments.EXPERIMENTS[name].values()
+                for step in (0, 20)], **dict.fromkeys(experiments.MEANS, 1.0),
+             "drawn_with": {"6": 0.4, "20": 0.7}}
+            for name in ("kl", "long", "work") for arm in experiments.EXPERIMENTS[name].values()
             for seed in (3, 4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     call("experiments", "report", "--folder", tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| beta 0.01 | 0.535 ± 0.064 | +0.000 ± 0.000 | 0.25 | 16 | 1 | 2 |" in text
     assert "| KL 0.05 | 3 | 0.530 (step 0) | 0.530 (step 20) | 5.40, 5.40 |" in text
+    assert re.search(r"\| T 4 \| .e-4 (\| 0.535 ± 0.064 ){4}\| - \| 0.400 \| 0.700 \| 2 \|", text)
     assert Image.open(tmp_path / "kl.png").size[0] == 780
+    assert Image.open(tmp_path / "work.png").size[0] == 900
     assert Image.open(tmp_path / "long.png").size[0] == 900
+
+
+def test_the_work_of_a_run():
+    """A step of the former first command is 1, of which the rollout is a quarter; scores lie on the
+    lines between evaluations."""
+    work = experiments.WORK
+    assert experiments.work_of(work["T 12"]) == 1 == 3 * experiments.work_of(work["T 4"])
+    assert experiments.work_of(work["T 12, loss on 6"]) == 0.25 + 0.75 / 2
+    assert experiments.work_of(work["T 4, 64 pictures"]) == 1 / 6
+    for arm in experiments.EXPERIMENTS["work"].values():
+        assert experiments.work_of(arm) * arm["steps"] == pytest.approx(30, rel=0.01)
+    row = {"eval": [{"step": 0, "overall": 0.5}, {"step": 30, "overall": 0.81}]}
+    assert experiments.scores_at(5, "T 4", [row]) == pytest.approx([0.655])
+    arms = {"T 4": [row | {"drawn_with": {"6": 0.4, "20": 0.7}}]}
+    assert "| 0.810 ± nan | 9.7 | 0.400 |" in experiments.work_table(arms)
+
+
+def test_scores_by_iterations(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments, "score_of", lambda checkpoint, T, out: T / 100)
+    printed = call("experiments", "iterations", "--ckpt", "x", "--folder", tmp_path)
+    assert "| trained | 0.060 | 0.120 |" in printed
+    assert json.loads((tmp_path / "iterations.json").read_text())["base"]["36"] == 0.36
 
 
 def test_intervals_and_leads_are_those_of_a_known_table():
@@ -149,8 +176,9 @@ def test_the_look_and_the_ceiling_are_written(tmp_path):
         assert row["exact"]["share"] <= row["official"]["share"]
 
 
-ARMS = {experiments.flags_of(arm) for arms in experiments.EXPERIMENTS.values()
-        for arm in arms.values()}
+# but for "lr", whose arms are those of "work" at other learning rates
+ARMS = {experiments.flags_of(arm) for name, arms in experiments.EXPERIMENTS.items()
+        for arm in arms.values() if name != "lr"}
 
 
 @pytest.mark.parametrize("flags", sorted(ARMS))

@@ -239,6 +239,8 @@ def rehearse(n=None):
     n_readme = len(readme_commands())
     for number, words in enumerate(commands()[:n]):
         out = Path("runs") / ("NAME" if number == 0 else f"run-{number}")
+        if words[0] == "train.py" and "--out" in words:
+            out = Path(words[words.index("--out") + 1])
         words = shrink(words, out)
         if first:
             print(f"\n$ {shlex.join(words)}", flush=True)
