@@ -144,28 +144,56 @@ def test_the_core_is_as_long_as_said():
 
 # ------------------------------------------------------------------------------ the results
 
-def test_the_table_of_results_is_that_of_the_rows():
-    """The base's and the last evaluation of the first command's runs, whose mean is over 0.8."""
+PAGE = (ROOT / "results/first_command.md").read_text()
+
+
+def test_the_tables_of_results_hold_what_was_measured():
+    """The base's and the last evaluation of the first command's runs, whose mean is over 0.8: the
+    overall score in the README, all families on the page."""
     columns = ("overall", "single_object", "two_object", "counting", "colors", "position",
                "color_attr")
-    ends, table = [], dict(re.findall(r"^\| (base|seed \d+) \| (.*) \|$", README, re.M))
-    assert table.keys() == {"base", "seed 42", "seed 43", "seed 44"}
+    scores = dict(re.findall(r"^\| (?:after, |before )(seed \d+|training) \| ([\d.]+) \|$",
+                             README, re.M))
+    families = dict(re.findall(r"^\| (base|seed \d+) \| (.*) \|$", PAGE, re.M))
+    ends = []
     for seed in (42, 43, 44):
         rows = read_rows(ROOT / f"results/shapes-p2-seed{seed}.jsonl")
-        for label, row in (("base", rows[0]), (f"seed {seed}", rows[-1])):
-            said = [float(cell.strip("*")) for cell in table[label].split(" | ")]
-            assert said == [round(row[column], 3 if column == "overall" else 2)
-                            for column in columns]
+        for name, label, row in (("training", "base", rows[0]),
+                                 (f"seed {seed}", f"seed {seed}", rows[-1])):
+            assert float(scores[name]) == round(row["overall"], 3)
+            assert [float(cell) for cell in families[label].split(" | ")] == [
+                round(row[column], 3 if column == "overall" else 2) for column in columns]
         ends.append(rows[-1]["overall"])
-    assert sum(ends) / 3 > 0.8
+    assert len(scores) == 4 == len(families) and sum(ends) / 3 > 0.8
 
 
 def test_relations_are_those_that_were_measured():
-    said = re.findall(r"(\d\.\d\d)\s/\s(\d\.\d\d)", README)
-    worlds = [json.loads((ROOT / f"results/{name}.json").read_text())["relations"]
-              for name in ("world", "world-seed42")]
-    assert said == [(f"{world[tag]['asked']:.2f}", f"{world[tag]['opposite']:.2f}")
-                    for tag in ("position", "color_attr") for world in worlds]
+    """A row for each policy: right, reversed; of position, of two colours."""
+    for label, name in (("base", "world"), ("after training", "world-seed42")):
+        found = json.loads((ROOT / f"results/{name}.json").read_text())["relations"]
+        assert f"| {label} | " + " | ".join(
+            f"{found[tag][key]:.2f}" for tag in ("position", "color_attr")
+            for key in ("asked", "opposite")) + " |" in PAGE
+
+
+def test_the_glossary_names_what_is_in_the_code():
+    """Every name of the last column is one in the files that implement the method."""
+    rows = re.search(r"\| paper \| where .*?\n\n", README, re.S)[0].splitlines()[2:]
+    code = {node.id if isinstance(node, ast.Name) else getattr(node, "attr", None) or
+            getattr(node, "arg", None) or getattr(node, "name", None)
+            for file in ("sample", "grpo", "train")
+            for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text()))}
+    named = [name for row in rows for text in re.findall("`([a-z][^`]*)`", row.split("|")[3])
+             for name in re.findall(r"[a-z]\w+", text)]
+    assert len(rows) >= 8 and len(named) >= 15 and set(named) <= code
+
+
+def test_the_tree_names_what_is_there():
+    tree = re.search(r"```\n(train\.py .*?)```", README, re.S)[1]
+    named = set(re.findall(r"^(\S+)  ", tree, re.M))
+    there = {path.name + "/" * path.is_dir() for path in ROOT.iterdir()}
+    folders = {"support/", "shapes/", "prompts/", "tools/", "results/", "tests/"}
+    assert {path.name for path in ROOT.glob("*.py")} | folders <= named <= there
 
 
 # ------------------------------------------------------------------------------ lines

@@ -114,7 +114,7 @@ WORK = {
     "T 4, 256 pictures": T4 | dict(prompts_per_step=32)}
 CHOSEN = {"T 12": "8e-4", "T 8": "8e-4", "T 6": "8e-4", "T 4": "8e-4", "T 3": "5e-4",   # by "lr"
           "T 12, loss on 6": "5e-4", "T 12, loss on 3": "3e-4",
-          "T 4, 64 pictures": "5e-4", "T 4, 256 pictures": "8e-4"}
+          "T 4, 64 pictures": "5e-4", "T 4, 256 pictures": "5e-4"}
 EXPERIMENTS["lr"] = {f"{label}, {lr}": to_work(10, arm | dict(lr=lr, eval_n=4), every=10)
                      for label, arm in WORK.items() for lr in ("3e-4", "5e-4", "8e-4")}
 EXPERIMENTS["work"] = {label: to_work(20, arm | dict(lr=CHOSEN[label]), every=5)
