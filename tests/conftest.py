@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import tempfile
@@ -11,6 +12,11 @@ import pytest  # noqa: E402
 from helpers import CHECKPOINT, TOKENIZER  # noqa: E402
 
 from model import load_magvit, load_showo  # noqa: E402
+
+
+def pytest_collection_finish():
+    """What is imported by then is never freed: collections, which many tests ask for, pass it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,11 @@ import contextlib
 import gc
 import http.server
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -68,6 +71,29 @@ def refused(script, *flags):
     del end
     gc.collect()        # the traceback holds main's lock of its folder
     return said
+
+
+def together(*command, n=2):
+    """Run n processes that know of each other, as torchrun does but without its own process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK":
+                                     str(rank), "WORLD_SIZE": str(n)}) for rank in range(n)]
+    for process in started:
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors[-3000:]
+
+
+def torchrun(folder, *command, node=None, n=1, errors=subprocess.STDOUT):
+    """Start torchrun in a folder, as one of two machines if node is 0 or 1."""
+    start = ["--standalone"] if node is None else [
+        "--nnodes", 2, "--node-rank", node, "--master-addr", "127.0.0.1", "--master-port", 29571]
+    words = [sys.executable, "-m", "torch.distributed.run", *start, "--nproc-per-node", n, *command]
+    return subprocess.Popen([*map(str, words)], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=errors)
 
 
 @contextlib.contextmanager

@@ -4,22 +4,25 @@ Started by it, test_gpu.py OUT goes through the scripts in one process, or under
 those of several; what it leaves in OUT is looked at by the tests."""
 import ast
 import collections
+import functools
+import inspect
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import rehearsal
 import torch
-from helpers import ROOT, metrics, serving
+from helpers import ROOT, metrics, serving, together
 from safetensors.torch import load_file
 from test_reward import Judge
 
 import eval_geneval
+import model
 import reward
 import sample
 import train
@@ -38,19 +41,11 @@ FLAGS = ("--model shapes --reward geneval:partial --filter-low --steps 2 --promp
 PRETEND = ROOT / "tools/pretend_gpu.py"
 
 
-def start(*command):
-    """Start python with these words."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The folder that the script leaves, in one process."""
     out = tmp_path_factory.mktemp("one")
-    started = start(PRETEND, __file__, out)
-    _, errors = started.communicate(timeout=400)
-    assert started.returncode == 0, errors[-3000:]
+    together(PRETEND, __file__, out, n=1)
     return out
 
 
@@ -58,10 +53,7 @@ def one(tmp_path_factory):
 def two(tmp_path_factory):
     """The folder that the script leaves, in two processes."""
     out = tmp_path_factory.mktemp("two")
-    started = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, PRETEND,
-                    __file__, out)
-    _, errors = started.communicate(timeout=400)
-    assert started.returncode == 0, errors[-3000:]
+    together(PRETEND, __file__, out)
     return out
 
 
@@ -172,17 +164,9 @@ def test_two_processes_by_nccls_rules(two):
         assert state["param_groups"][0]["fused"] is (fused or None)
 
 
-def test_a_dropped_move_to_the_gpu_is_caught(tmp_path):
-    for name in (*(path.name for path in ROOT.glob("*.py")), "shapes", "prompts", "support"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    text, move = (ROOT / "model.py").read_text(), "Prompt(ids.to(self.device), "
-    assert text.count(move) == 1
-    (tmp_path / "model.py").unlink()
-    (tmp_path / "model.py").write_text(text.replace(move, "Prompt(ids, "))
-    started = start(PRETEND, tmp_path / "train.py", *FLAGS, "--out", tmp_path / "run")
-    _, errors = started.communicate(timeout=120)
-    assert started.returncode != 0
-    assert re.search(r"Expected all tensors to be on the same device.*\[model.py:\d+\]", errors)
+def test_a_dropped_move_to_the_gpu_is_caught(one):
+    said = found(one, "dropped")
+    assert re.search(r"Expected all tensors to be on the same device.*\[model.py:\d+\]", said)
 
 
 # ------------------------------------------------------------------------------ the script
@@ -223,6 +207,21 @@ def planted_wait():
     sample.rollout(policy, 2, 16, 4, 8, generator=torch.Generator("cuda"))
     return {name.replace("_local_scalar_dense.default", "item"): n
             for name, n in waits_since(before)["inside"].items()}
+
+
+def dropped_move():
+    """Return the error of train.py's main where the prompts' move to the GPU is left out."""
+    plain, names, move = model.Showo.encode, vars(model).copy(), "Prompt(ids.to(self.device), "
+    source = textwrap.dedent(inspect.getsource(plain))
+    assert source.count(move) == 1
+    exec(compile(source.replace(move, "Prompt(ids, "), model.__file__, "exec"), names)
+    model.Showo.encode = names["encode"]
+    try:
+        call(train.main, "train.py", *FLAGS, "--out", "absent")
+    except (RuntimeError, SystemExit) as error:
+        return str(error)
+    finally:
+        model.Showo.encode = plain
 
 
 def layouts(magvit, wanted=torch.contiguous_format):
@@ -336,6 +335,7 @@ def drop_last(run, other):
 
 def main_of_one(out):
     """Go through the scripts in one process."""
+    import bench
     import gpu_check
     import pretend_gpu
     waits = {"planted in rollout": planted_wait()}
@@ -363,11 +363,16 @@ def main_of_one(out):
         found = {"rewards": scores()}
         call(eval_geneval.main, "eval_geneval.py", "--steps", 2, "--n", 1, "--prompts",
              work / "eval.jsonl", "--no-compile", "--out", out / "geneval")
+    # two layers, pictures by twos
+    bench.random_showo = functools.partial(bench.random_showo, num_hidden_layers=2)
+    bench.matmul_rate = functools.partial(bench.matmul_rate, seconds=0.1)
+    gpu_check.G = 2
     call(gpu_check.main, "gpu_check.py", "--size", "shapes", "--no-compile", "--json",
          out / "gpu_check.json")
 
     magvit = load_magvit("shapes/magvitv2", device="cuda")
-    found |= {"waits": waits, "attention": attention_calls(), "layouts": layouts(magvit),
+    found |= {"waits": waits, "dropped": dropped_move(), "attention": attention_calls(),
+              "layouts": layouts(magvit),
               "gradients": [distances_of_gradients(on) for on in (False, True)]}
     for name, value in found.items():
         (out / f"{name}.json").write_text(json.dumps(value))
@@ -377,7 +382,7 @@ def main_of_two(out):
     """Go through what two processes do."""
     place = processes.setup()
     processes.setup = lambda device: place
-    flags = ["train.py", *FLAGS, "--prompts-per-step", 2, "--no-kl"]
+    flags = ["train.py", *FLAGS, "--prompts-per-step", 2, "--unmask-steps", 2, "--no-kl"]
     call(train.main, *flags, "--out", out / "plain")
     call(train.main, *flags, "--out", out / "zero", "--zero")
     call(train.main, *flags, "--out", drop_last(out / "plain", out / "then-zero"), "--resume",

@@ -24,6 +24,7 @@ from helpers import (
     read_lines,
     refused,
     run,
+    torchrun,
     trainer,
     weights,
 )
@@ -415,15 +416,6 @@ def test_files_are_replaced_as_windows_demands(monkeypatch):
     assert len(metrics(Path("run"))) == 3 and len(files_of("drawn")) == 7
 
 
-def torchrun(folder, *command, node=None, n=1, port=29571):
-    """Start torchrun in a folder, as one of two machines if node is 0 or 1."""
-    start = ["--standalone"] if node is None else [
-        "--nnodes", 2, "--node-rank", node, "--master-addr", "127.0.0.1", "--master-port", port]
-    words = [sys.executable, "-m", "torch.distributed.run", *start, "--nproc-per-node", n, *command]
-    return subprocess.Popen([*map(str, words)], cwd=folder, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-
-
 def finish(*started):
     """Wait for them -> what each printed, and their exit codes."""
     printed = [process.communicate(timeout=120)[0] for process in started]
@@ -435,25 +427,21 @@ MANY = ("--model shapes --no-kl --prompts-per-step 1 --group-size 4 --unmask-ste
 
 
 def test_two_machines_with_one_folder_and_with_two():
-    def both(*command):
-        return finish(*(torchrun("one", ROOT / command[0], *command[1:], node=node)
-                        for node in (0, 1)))
-
-    def apart(*command, n=1):
-        """The processes of two machines with folders of their own, without torchrun's."""
-        place = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29572",
-                 "WORLD_SIZE": str(2 * n)}
+    def apart(places, *command):
+        """A process for each place, a machine's folder, without torchrun's processes."""
+        machine = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29572",
+                   "WORLD_SIZE": str(len(places))}
         return finish(*(subprocess.Popen(
-            [sys.executable, ROOT / command[0], *command[1:]], cwd="ab"[rank // n], text=True,
+            [sys.executable, ROOT / command[0], *command[1:]], cwd=place, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank % n)})
-            for rank in range(2 * n)))
+            env={**machine, "RANK": str(rank), "LOCAL_RANK": str(places[:rank].count(place))})
+            for rank, place in enumerate(places)))
 
     for name in ("one", "a", "b"):
         Path(name).mkdir()
-    _, codes = both("train.py", *MANY)
-    assert codes == [0, 0]
-    printed, codes = both("train.py", *MANY, "--steps", 3, "--resume")
+    run(train, *MANY, "--prompts-per-step", 2, "--out", "one/run")
+    printed, codes = finish(*(torchrun(
+        "one", ROOT / "train.py", *MANY, "--steps", 3, "--resume", node=node) for node in (0, 1)))
     assert codes == [0, 0] and [row["step"] for row in metrics(Path("one/run"))] == [1, 2, 3]
 
     # folders of their own, in which the second machine has older weights
@@ -461,16 +449,20 @@ def test_two_machines_with_one_folder_and_with_two():
     shutil.copytree("one/run", "b/run")
     name = "pytorch_model.safetensors"
     shutil.copy(f"b/run/checkpoint-2/{name}", f"b/run/checkpoint-3/{name}")
-    printed, codes = apart("train.py", *MANY, "--steps", "4", "--resume")
+    printed, codes = apart("ab", "train.py", *MANY, "--steps", "4", "--resume")
     assert 0 not in codes and "".join(printed).count("the processes differ in their weights") == 1
 
-    # all pictures are scored, though each machine has its own, and two of four processes have none
-    for name in ("a", "b"):
-        shutil.copy("other.jsonl", name)
-    flags = "--model shapes --images-per-prompt 2 --steps 2 --prompts other.jsonl --out out".split()
-    printed, codes = apart("eval_geneval.py", *flags, n=2)
-    assert codes == [0] * 4 and "Total images: 4\n" in printed[0]
-    assert [len(list(Path(name).rglob("0*.png"))) for name in ("a/out", "b/out")] == [4, 0]
+    # each machine has its own pictures, and one of three processes has none: all are scored, as by
+    # one process (a prompt at a time: in batches of another size rounding could draw another one)
+    flags = ("--model shapes --images-per-prompt 2 --batch 2 --steps 4 --device cpu --prompts "
+             f"{Path('other.jsonl').resolve()} --out out").split()
+    printed, codes = apart("abb", "eval_geneval.py", *flags)
+    assert codes == [0] * 3 and "".join(printed).count("Overall score") == 1
+    assert [len(list(Path(name).rglob("0*.png"))) for name in ("a/out", "b/out")] == [2, 2]
+    run(eval_geneval, *flags)
+    rows, wanted = ([row | {"filename": ""} for row in read_lines(Path(of).resolve())]
+                    for of in ("a/out/results.jsonl", "out/results.jsonl"))
+    assert "Total images: 4\n" in printed[0] and len(rows) == 4 and rows == wanted
 
 
 def test_a_machine_without_the_checkpoint_ends_the_run(monkeypatch):
@@ -509,24 +501,20 @@ def children(pid):
     return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_signal_in_a_slow_step_and_again_in_a_slow_save():
-    """SLURM and Kubernetes signal all workers, then torchrun and a user signal them once more."""
+def test_torchrun_passes_a_signal_on_in_a_slow_step_and_it_comes_again_in_a_slow_save():
+    """As of SLURM and Kubernetes, which signal torchrun and all workers."""
     Path("padded.py").write_text(PADDED)
     started = torchrun(".", "padded.py", *MANY, "--steps", 50, "--save-every", 0, n=2)
-    workers = []
-
-    def signal_them(pids):
-        for pid in pids:
-            os.kill(pid, signal.SIGTERM)
-    printed = ""
+    printed, workers = "", []
     for line in started.stdout:
         printed += line
         if printed.count("updating") == 4 and not workers:      # both in their second step
             workers = children(started.pid)
-            signal_them(workers)
+            started.send_signal(signal.SIGTERM)
         if line.startswith("saving"):
             time.sleep(1.2)
-            signal_them([*workers, started.pid])
+            for pid in workers:
+                os.kill(pid, signal.SIGTERM)
     started.wait(60)
     assert len(workers) == 2 and started.returncode != 0
     assert "stopped by a signal after step 2; go on with --resume --out run" in printed

@@ -1,8 +1,8 @@
 """Processes: devices, errors, and train.py in several of them: the same step as one, shards,
 filters and faults that differ between them, signals, a death.
 
-Started by torchrun, test_processes.py OUT: train.py's main in two processes, in one scenario after
-the other; what each leaves in its folder under OUT is looked at by the tests."""
+Started as a script, test_processes.py OUT: train.py's main in three processes, and in two, in one
+scenario after the other; what each leaves in its folder under OUT is looked at by the tests."""
 import json
 import os
 import re
@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,8 @@ from helpers import (
     metrics,
     moments,
     near,
+    together,
+    torchrun,
     trainer,
     weights,
     write_lines,
@@ -158,28 +160,6 @@ def test_a_lack_of_gpu_memory_names_flags_that_the_script_has(monkeypatch, capsy
 
 # ------------------------------------------------------------------------------ together
 
-def together(*command, n=2):
-    """Run n processes that know of each other, as torchrun does but without its own process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    started = [subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK":
-                                     str(rank), "WORLD_SIZE": str(n)}) for rank in range(n)]
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-
-
-def torchrun(*command, n=2):
-    """Start n processes as a user does -> subprocess.Popen."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n]
-    start = map(str, start)
-    return subprocess.Popen([*start, *map(str, command)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, cwd=ROOT)
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder that the script leaves; in it, too, the run of one process that takes as many
@@ -198,13 +178,11 @@ def two(tmp_path_factory):
         write_lines(out / "few.jsonl", world.prompts("train")[5:8] * 2)
         few = ("--prompts", out / "few.jsonl", "--no-filter-low")
         call(*FLAGS, "--out", out / "three-as-one", "--prompts-per-step", 6, *few)
-        together(ROOT / "train.py", *FLAGS, "--out", out / "three", "--prompts-per-step", 2, *few,
-                 n=3)
+        torch.save(gradients_of_one, out / "one.pt")
+        together(__file__, out, n=1)
         shutil.copytree(out / "three", out / "three-then-one",
                         ignore=lambda *_: ["checkpoint-2"])
         call(*FLAGS, "--out", out / "three-then-one", "--prompts-per-step", 6, "--resume", *few)
-    torch.save(gradients_of_one, out / "one.pt")
-    together(__file__, out)
     return out
 
 
@@ -337,24 +315,6 @@ def test_a_line_of_json_per_step(two):
         json.loads(line, parse_constant=refuse)
 
 
-def wait_for(path, started):
-    """Return when a file is there."""
-    while not (path.exists() and path.stat().st_size):
-        assert started.poll() is None, started.communicate()[1][-3000:]
-        time.sleep(0.05)
-
-
-def test_torchrun_passes_a_signal_on_and_every_process_saves(tmp_path):
-    run = tmp_path / "run"
-    started = torchrun(ROOT / "train.py", *FLAGS, "--steps", 500, "--save-every", 0, "--out", run)
-    wait_for(run / "metrics.jsonl", started)
-    started.send_signal(signal.SIGTERM)
-    printed, _ = started.communicate(timeout=120)
-    last = metrics(run)[-1]["step"]
-    assert f"stopped by a signal after step {last}; go on with --resume" in printed and last < 500
-    assert runs.checkpoints(run) == [run / f"checkpoint-{last}"]
-
-
 DIES = f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
@@ -373,7 +333,8 @@ processes.run(train.main)
 def test_a_process_that_dies_takes_the_job_down_and_nothing_saved_is_lost(tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     run = tmp_path / "run"
-    started = torchrun(tmp_path / "dies.py", *FLAGS, "--steps", 500, "--out", run)
+    started = torchrun(tmp_path, "dies.py", *FLAGS, "--steps", 500, "--out", run, n=2,
+                       errors=subprocess.PIPE)
     _, errors = started.communicate(timeout=120)
     assert started.returncode != 0 and len(metrics(run)) == 1
     error = "OSError: the disk of machine 1 is gone"        # said once, by the process that has it
@@ -423,8 +384,28 @@ def ask_to_stop(groups, *rest):
     return numbers
 
 
+def forked(n, function, *args):
+    """Call a function in n processes that know of each other: what is imported is shared. No thread
+    is ever started in this process, so that fork() is safe."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for rank in range(n):
+        children.append(os.fork())
+        if not children[-1]:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
+            try:
+                function(*args)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)         # function() ends its process if all went well
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    assert ends == [0] * n, ends
+
+
 def main(out):
-    """Go through the scenarios."""
+    """Go through the scenarios of two processes."""
     place = processes.setup()
     processes.setup = lambda device: place
     train.load_policy, train.SampleFilter = recorded, early_filter
@@ -482,4 +463,9 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    sys.argv = list(map(str, ("train.py", *FLAGS, "--out", folder / "three", "--prompts-per-step",
+                              2, "--prompts", folder / "few.jsonl", "--no-filter-low")))
+    torch.optim.AdamW(load_showo("shapes").parameters())        # imports what all need
+    forked(3, processes.run, train.main)
+    forked(2, main, folder)

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from filelock import FileLock
 from helpers import TINY, call, equal, metrics, moments, trainer, weights
 from PIL import Image
@@ -65,19 +66,9 @@ def test_a_resumed_run_is_the_run(monkeypatch, tmp_path, flags):
     shutil.copytree(straight, again, ignore=lambda *_: ["checkpoint-4"])
     call(*FOUR, "--out", again, "--save-every", 2, "--resume", *flags)
     same(straight, again)
-    assert any(row["resampled"] for row in metrics(straight)) == ("--filter-low" in flags)
-
-
-def test_resume_is_exact_and_repeats_nothing(monkeypatch, tmp_path):
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    monkeypatch.setattr(train.SampleFilter, "bar", property(lambda own: 0.2))
-    flags = (*FOUR, "--save-every", 2, "--filter-low")
-    call("--out", straight, *flags)
-    shutil.copytree(straight, resumed, ignore=lambda *_: ["checkpoint-4"])
-    call("--out", resumed, "--resume", *flags)
-    same(straight, resumed)
     assert not equal(*(weights(straight / f"checkpoint-{step}") for step in (2, 4)))
-    assert len(metrics(resumed)) == 4
+    assert len(metrics(again)) == 4
+    assert any(row["resampled"] for row in metrics(straight)) == ("--filter-low" in flags)
 
 
 def test_going_back_to_a_checkpoint_keeps_the_later_ones(tmp_path):
@@ -104,7 +95,7 @@ def test_killed_four_times_it_is_still_the_same_run(tmp_path):
                           timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = json.loads(done.stdout)
-    assert len(steps) == 4 and steps == sorted(steps) and 0 < steps[-1] < 12
+    assert len(steps) == 4 and steps == sorted(steps) and 0 < steps[-1] < 9
     same(tmp_path / "straight", tmp_path / "killed")
     assert len(runs.checkpoints(tmp_path / "killed")) == 2        # --keep-last
     assert not list((tmp_path / "killed").glob(".*"))
@@ -332,7 +323,7 @@ def test_wandb_goes_on_with_the_same_run(monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------ the script
 
 PHASES = {b"r": (train, "sample_groups"), b"u": (train, "update"), b"s": (runs, "save")}
-FLAGS = (*TINY, *"--filter-low --steps 12 --prompts-per-step 3 --reward geneval --unmask-steps 2 "
+FLAGS = (*TINY, *"--filter-low --steps 9 --prompts-per-step 3 --reward geneval --unmask-steps 2 "
          "--keep-last 2".split())
 
 
@@ -390,6 +381,7 @@ def kill(child, pipe, letter, n, delay):
 def main(out):
     """Print the step of the last checkpoint after every kill."""
     straight, killed = out / "straight", out / "killed"
+    torch.optim.AdamW(load_showo("shapes").parameters())        # imports what all children need
     dice, begun = random.Random(0), []
     seconds = finish(*start(straight))
     for i in range(4):
