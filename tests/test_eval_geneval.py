@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import DATA, ROOT, read_lines, refused
+from helpers import DATA, ROOT, read_lines
 from PIL import Image
 
 import eval_geneval
@@ -113,10 +113,3 @@ def test_eval_geneval_is_a_command(tmp_path):
     assert (tmp_path / "eval/00062/samples/0000.png").exists()
     summary = json.loads((tmp_path / "eval/summary.json").read_text())
     assert summary["detector"] == "shapes, exact"
-
-
-@pytest.mark.parametrize("flags, message", [
-    ([], "give --out, the folder to draw into, or --score-only"),
-    (["--model", "shapes", "--score-only", "/no/such"], "/no/such: no pictures there")])
-def test_bad_commands(flags, message):
-    assert message in refused(eval_geneval, *flags)

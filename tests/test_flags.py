@@ -45,10 +45,14 @@ def test_help_has_commands_texts_and_each_default_once(monkeypatch, capsys, scri
 
 @pytest.mark.parametrize("script, flags", [
     (sample, "--n 0"), (sample, "--steps 0"), (sample, "--batch -1"), (eval_geneval, "--n 0"),
-    (train, "--steps 0"), (train, "--group-size 1"), (train, "--prompts-per-step 0"),
-    (train, "--unmask-steps 0"), (train, "--micro-batch 0"), (train, "--eval-n 0")])
-def test_counts_are_counts(script, flags):
-    assert re.search("is less than [12]$", refused(script, *flags.split()))
+    *((train, flags) for flags in (
+        "--steps 0", "--group-size 1", "--prompts-per-step 0", "--unmask-steps 0", "--eval-n 0",
+        "--micro-batch 0", "--keep-last -1", "--save-every -1", "--eval-every -1", "--warmup -1",
+        "--max-grad-norm -1", "--lr -1", "--clip 0.2 0.28", "--clip 1.2 0.9"))])
+def test_counts_are_counts_and_numbers_do_not_turn_a_run_round(script, flags):
+    least = 2 if "group" in flags else 0 if "-1" in flags and script is train else 1
+    wanted = "^--clip " if "clip" in flags else f"is less than {least}$"
+    assert re.search(wanted, refused(script, "--model", "shapes", *flags.split()))
 
 
 def test_a_checkpoint_of_shapes_has_the_defaults_of_shapes(monkeypatch, tmp_path):

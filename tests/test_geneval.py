@@ -13,29 +13,24 @@ from safetensors.torch import load_file, save_file
 from support import geneval
 from support.geneval import COLOURS, Detector, filter_detections, instances
 
-CASES = ["", "_extra"]
 MEAN = torch.tensor([123.675, 116.28, 103.53])
 STD = torch.tensor([58.395, 57.12, 57.375])
 
 
 # ------------------------------------------------------------------------------ the rules
 
-@pytest.mark.parametrize("which", CASES)
-def test_verdicts(which):
-    for case in read_lines(f"geneval/scoring_cases{which}.jsonl"):
+@pytest.mark.parametrize("which", ["", "_extra"])
+def test_verdicts_and_training_rewards(which):
+    cases = {case["id"]: case for case in read_lines(f"geneval/scoring_cases{which}.jsonl")}
+    for case in cases.values():
         metadata, expected = case["metadata"], case["expected"]
-        kept = filter_detections(case["detections"], metadata["tag"])
+        case["kept"] = kept = filter_detections(case["detections"], metadata["tag"])
         assert kept == expected["kept"], case["id"]
         verdict = geneval.score(kept, metadata, case["colors"])
         assert verdict == (expected["correct"], expected["reason"]), case["id"]
-
-
-@pytest.mark.parametrize("which", CASES)
-def test_training_rewards(which):
-    cases = {case["id"]: case for case in read_lines(f"geneval/scoring_cases{which}.jsonl")}
     for wanted in read_lines(f"geneval/reward_cases{which}.jsonl"):
         case = cases[wanted["id"]]
-        kept = filter_detections(case["detections"], case["metadata"]["tag"])
+        kept = case["kept"]
         correct, reason, partial = geneval.strict_score(kept, case["metadata"], case["colors"])
         assert correct == wanted["strict_correct"], wanted["id"]
         assert reason == wanted["strict_reason"], wanted["id"]
@@ -154,10 +149,11 @@ def test_the_detector_end_to_end(detector, monkeypatch):
         assert max(box[4] for boxes in found.values() for box in boxes) > 0.05
         for boxes in found.values():
             assert boxes == sorted(boxes, key=lambda box: box[4])
+        masked = boxes_and_masks(detector, picture)
         for name in kept:
             directions = colour_directions(detector, name)
             for box, colour in zip(kept[name], colours[name], strict=True):
-                features = crop_features(detector, picture, box)
+                features = crop_features(detector, picture, box, *masked)
                 assert COLOURS[(features @ directions.T).argmax()] == colour
                 n_boxes += 1
     assert n_boxes > 3
@@ -175,23 +171,21 @@ def colour_directions(detector, name):
 
 
 @torch.no_grad()
-def crop_features(detector, picture, box):
+def crop_features(detector, picture, box, boxes, masks):
     image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    mask = mask_of(detector, picture, box)
+    nearest = (boxes - torch.tensor(box)).abs().sum(1).argmin()     # by coordinates and score
+    mask = Image.fromarray((masks[nearest].numpy() * 255).astype(np.uint8))
     crop = Image.composite(image, Image.new("RGB", (40, 50), "#999"), mask).crop(box[:4])
     return F.normalize(detector.clip.encode_image(detector.transform(crop)[None]), dim=-1)[0]
 
 
 @torch.no_grad()
-def mask_of(detector, picture, box):
-    """The mask of a box, found again by its coordinates and score."""
+def boxes_and_masks(detector, picture):
     x = F.interpolate(picture[None].float(), (1000, 800), mode="bilinear").round()
     x = F.pad(x, (0, 0, 0, 24), value=128)
     raw = detector.model(pixel_values=(x - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1))
-    _, boxes, masks = instances(raw.class_queries_logits[0], raw.masks_queries_logits[0],
-                                (1024, 800), (1000, 800), (50, 40))
-    nearest = (boxes - torch.tensor(box)).abs().sum(1).argmin()
-    return Image.fromarray((masks[nearest].numpy() * 255).astype(np.uint8))
+    return instances(raw.class_queries_logits[0], raw.masks_queries_logits[0], (1024, 800),
+                     (1000, 800), (50, 40))[1:]
 
 
 def test_a_detector_of_other_classes_or_without_all_weights_is_refused(detector, tmp_path):

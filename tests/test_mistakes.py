@@ -48,7 +48,11 @@ COW = {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "promp
     (train, "--loss-steps 5", "^--loss-steps 5 is more than --unmask-steps 4$"),
     (train, "--group-sizes 3", "unrecognized arguments: --group-sizes 3$"),
     (train, "--steps many", "argument --steps: invalid int value: 'many'$"),
-    (sample, "--model shapes", "^give --prompt TEXT, or --prompts FILE$")])
+    (sample, "--model shapes", "^give --prompt TEXT, or --prompts FILE$"),
+    (sample, "--model shapes --prompt x --ckpt absent", "^absent: no such file or folder here"),
+    (sample, "--model shapes --prompts absent.txt", "^absent.txt: cannot be read"),
+    (eval_geneval, "", "give --out, the folder to draw into, or --score-only"),
+    (eval_geneval, "--model shapes --score-only /no/such", "/no/such: no pictures there")])
 def test_a_mistake_ends_in_one_line(monkeypatch, tmp_path, script, flags, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -59,8 +63,10 @@ def test_a_mistake_ends_in_one_line(monkeypatch, tmp_path, script, flags, messag
     half = {k: w for k, w in weights(ROOT / "shapes").items() if "head.bias" not in k}
     save_file(half, "half.safetensors")
     shutil.copytree(ROOT / "tests/data/magvit", tmp_path / "other")
+    there = sorted(tmp_path.iterdir())
     said = refused(script, *(TINY if script is train else ()), *flags.split())
     assert re.search(message, said), said
+    assert script is not sample or sorted(tmp_path.iterdir()) == there      # nothing was begun
 
 
 @pytest.mark.parametrize("start", [(), ("-m", "torch.distributed.run", "--standalone",

@@ -17,27 +17,6 @@ from support import geneval
 from support.prompts import read_prompts
 
 
-def texts(path):
-    return [example["prompt"] for example in read_prompts(path)]
-
-
-@pytest.mark.parametrize("name, content, wanted", [
-    # COCO's captions_val2014.json, and the key of a list inside
-    ("coco.json:annotations", '{"info": {"x": 1}, "annotations": [{"id": 7, "caption": "a cat"}, '
-     '{"id": 8, "caption": "a dog"}]}', ["a cat", "a dog"]),
-    ("ids.json", '{"7": {"prompt": "a cat"}, "8": {"prompt": "a dog"}}', ["a cat", "a dog"]),
-    ("inside.json", '{"prompts": ["a cat", "a dog"]}', ["a cat", "a dog"]),
-    ("inside2.json", '{"name": "x", "prompts": [{"prompt": "a cat"}]}', ["a cat"]),
-    ("files.json", '{"a.jpg": "a cat", "b.jpg": "a dog"}', ["a cat", "a dog"]),
-    ("one.json", '{"prompt": "a cat", "note": "x"}', ["a cat"]),
-    ("key.json:long", '{"short": "a", "long": "a cat"}', ["a cat"]),
-    ("german.csv", 'id;prompt\n1;a cat, asleep\n2;a dog\n', ["a cat, asleep", "a dog"]),
-    ("questions.csv", "item,text,question\n1,a cat,is it?\n1,a cat,where?\n", ["a cat"] * 2)])
-def test_prompts_inside_of_other_things(tmp_path, name, content, wanted):
-    (tmp_path / name.split(":")[0]).write_text(content)
-    assert texts(tmp_path / name) == wanted
-
-
 def test_a_folder_of_texts_in_the_order_of_their_names(tmp_path):
     """As DPG-Bench; pictures are named after them."""
     folder = tmp_path / "prompts"
@@ -90,7 +69,18 @@ TABLE = 'Prompts,Category\n"a cat, asleep",Animals\n"a ""red"" dog\non grass",Co
     ("tiif.jsonl:long", '{"short": "a", "long": "b c"}\n', ["b c"]),
     ("wide.csv:Note", "Prompt,Note\na,b\n", ["b"]),
     ("text.jsonl", '"a cat"\n{"text": "a dog"}\n', ["a cat", "a dog"]),
-    ("dos.TXT", "\ufeffa cat\r\n\r\n\u00a0a dog\u00a0\r\n", ["a cat", "a dog"])])
+    ("dos.TXT", "\ufeffa cat\r\n\r\n\u00a0a dog\u00a0\r\n", ["a cat", "a dog"]),
+    # COCO's captions_val2014.json, and the key of a list inside
+    ("coco.json:annotations", '{"info": {"x": 1}, "annotations": [{"id": 7, "caption": "a cat"}, '
+     '{"id": 8, "caption": "a dog"}]}', ["a cat", "a dog"]),
+    ("ids.json", '{"7": {"prompt": "a cat"}, "8": {"prompt": "a dog"}}', ["a cat", "a dog"]),
+    ("inside.json", '{"prompts": ["a cat", "a dog"]}', ["a cat", "a dog"]),
+    ("inside2.json", '{"name": "x", "prompts": [{"prompt": "a cat"}]}', ["a cat"]),
+    ("files.json", '{"a.jpg": "a cat", "b.jpg": "a dog"}', ["a cat", "a dog"]),
+    ("one.json", '{"prompt": "a cat", "note": "x"}', ["a cat"]),
+    ("key.json:long", '{"short": "a", "long": "a cat"}', ["a cat"]),
+    ("german.csv", 'id;prompt\n1;a cat, asleep\n2;a dog\n', ["a cat, asleep", "a dog"]),
+    ("questions.csv", "item,text,question\n1,a cat,is it?\n1,a cat,where?\n", ["a cat"] * 2)])
 def test_prompt_files(tmp_path, name, content, wanted):
     (tmp_path / name.split(":")[0]).write_bytes(content.encode())
     examples = read_prompts(tmp_path / name)

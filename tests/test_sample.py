@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench import plain_phi
-from helpers import CLOSE, DATA, ROOT, read_json, refused, run
+from helpers import CLOSE, DATA, ROOT, read_json, run
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import chi2
@@ -17,17 +17,7 @@ from scipy.stats import chi2
 import sample
 import train
 from model import Prompt, Showo
-from sample import (
-    Trajectory,
-    choose_and_move,
-    generate,
-    mask_schedule,
-    rollout,
-    sample_categorical,
-    take,
-    temperatures,
-    transition_log_prob,
-)
+from sample import Trajectory, choose_and_move, mask_schedule, rollout, take, transition_log_prob
 from shapes import world
 from support import processes
 
@@ -61,7 +51,7 @@ def test_schedule_and_temperature_are_the_official_ones():
     for case in read_json("sampling/mask_len.json"):
         ours = mask_schedule(case["N"], case["T"], case["schedule"])
         assert ours[:-1].tolist() == case["mask_len"][:-1] and ours[-1] == 0
-        assert temperatures(case["T"]) == pytest.approx(case["temperature"], abs=1e-12)
+        assert sample.temperatures(case["T"]) == pytest.approx(case["temperature"], abs=1e-12)
 
 
 def test_schedule_with_more_iterations_than_tokens():
@@ -70,7 +60,7 @@ def test_schedule_with_more_iterations_than_tokens():
 
 
 def test_the_noise_compounds():
-    assert temperatures(4, 2.0) == pytest.approx([1.5, 0.75, 0.1875, 0.0])
+    assert sample.temperatures(4, 2.0) == pytest.approx([1.5, 0.75, 0.1875, 0.0])
 
 
 # ------------------------------------------------------------------------------ moves
@@ -179,7 +169,7 @@ def test_codes_are_drawn_where_the_cumulated_probabilities_pass_u(K):
     probs[:, :, K // 2] = 0 if K > 1 else 1
     u = torch.rand(20, 50, 1, dtype=torch.float64, generator=g)
     u[0], u[1] = 0.0, 1 - 2 ** -53
-    drawn, below = sample_categorical(probs, u), probs.double().cumsum(-1)
+    drawn, below = sample.sample_categorical(probs, u), probs.double().cumsum(-1)
 
     bounds = torch.cat([torch.zeros_like(below[..., :1]), below], -1)
     low, high = (take(bounds, drawn + side)[..., None] for side in (0, 1))
@@ -196,7 +186,7 @@ def test_codes_of_probability_0_are_never_drawn(u):
         for first, last in ((0, K // 2), (K // 2, K - 1), (K // 3, K // 2)):
             probs = torch.zeros(2, 3, K)
             probs[:, :, first] = probs[:, :, last] = 0.5
-            drawn = sample_categorical(probs, torch.full((2, 3, 1), u, dtype=torch.float64))
+            drawn = sample.sample_categorical(probs, torch.full((2, 3, 1), u, dtype=torch.float64))
             assert (take(probs, drawn) > 0).all()
             if u != 0.5:
                 assert (drawn == (first if u == 0 else last)).all()
@@ -206,7 +196,7 @@ def test_probabilities_that_are_no_numbers_do_not_raise():
     probs = torch.full((3, 2, 5), 0.2)
     probs[1] = math.nan
     u = torch.full((3, 2, 1), 0.5, dtype=torch.float64)
-    drawn = sample_categorical(probs, u)
+    drawn = sample.sample_categorical(probs, u)
     assert (drawn[[0, 2]] == 2).all() and drawn.min() >= 0 and drawn.max() < 5
 
 
@@ -344,7 +334,7 @@ def test_schedule_and_temperature_as_lists_are_the_named_ones(schedule):
     N, K, T = 11, 6, 5
     size = (toy_policy(K), 4, N, K, T)
     named = rollout(*size, generator=seeded(0), schedule=schedule, temperature=0.7)
-    stay, noise = mask_schedule(N, T, schedule), temperatures(T, 0.7)
+    stay, noise = mask_schedule(N, T, schedule), sample.temperatures(T, 0.7)
     same(named, rollout(*size, generator=seeded(0), schedule=stay.tolist(), temperature=noise))
 
 
@@ -563,12 +553,14 @@ def test_pictures_do_not_depend_on_the_batch(base, monkeypatch):
         alone = base[0].policy(encoded)(codes)
     torch.testing.assert_close(together[:, ::2], alone[:, ::2], **CLOSE)
     how = dict(n=2, T=8, guidance=0.0)
-    one, many = (generate(*base, prompts, seeds=[3, 4, 5], batch=b, **how) for b in (2, 64))
+    one, many = (sample.generate(*base, prompts, seeds=[3, 4, 5], batch=b, **how)
+                 for b in (2, 64))
     assert one.shape == (6, 3, 48, 48) and one.dtype == torch.uint8
     assert (one.int() - many.int()).abs().max() <= 1
-    alone = generate(*base, prompts[1:2], seeds=[4], **how)
+    alone = sample.generate(*base, prompts[1:2], seeds=[4], **how)
     assert (alone.int() - many[2:4].int()).abs().max() <= 1
-    default, named = (generate(*base, prompts, seeds=s, **how) for s in (None, [0, 1, 2]))
+    default, named = (sample.generate(*base, prompts, seeds=s, **how)
+                      for s in (None, [0, 1, 2]))
     assert torch.equal(default, named) and not torch.equal(default, many)
 
 
@@ -592,7 +584,8 @@ def test_micro_batches_bound_rollouts_and_evaluations_and_change_no_picture(base
     for n in (12, 6, 2):
         rows.clear()
         codes[n] = rolled_out(n)
-        pictures.append(generate(*base, ["a photo of a star"], n=6, T=4, guidance=1.0, batch=n))
+        pictures.append(sample.generate(*base, ["a photo of a star"], n=6, T=4, guidance=1.0,
+                                        batch=n))
         assert max(rows) == n
     assert torch.equal(codes[6], codes[2])
     assert all(torch.equal(pictures[0], other) for other in pictures)
@@ -650,14 +643,3 @@ def test_sample_is_a_command(tmp_path):
                     "a photo of a red circle", "--n", "4", "--steps", "4", "--out", "grid.png"],
                    check=True, cwd=tmp_path)
     assert Image.open(tmp_path / "grid.png").size == (2 * 148, 2 * 176)
-
-
-@pytest.mark.parametrize("flags, message", [
-    ([], "give --prompt TEXT, or --prompts FILE"),
-    (["--prompt", "x", "--ckpt", "absent"], "absent: no such file or folder here"),
-    (["--prompts", "absent.txt"], "absent.txt: cannot be read")])
-def test_mistakes_are_one_line(monkeypatch, tmp_path, flags, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert message in refused(sample, *SHAPES, *flags)
-    assert not list(tmp_path.iterdir())
