@@ -18,8 +18,6 @@ from support import geneval, pictures, processes
 EXAMPLES = world.prompts("eval")[::9]
 
 
-# ------------------------------------------------------------------------------ folders
-
 def truth(prompts, n, seeds):
     """Draw each prompt's picture as it should be."""
     by_text = {example["prompt"]: example for example in EXAMPLES}
@@ -97,8 +95,6 @@ def test_shares_leave_out_what_has_no_score():
     assert out["c"][0] == 0.25 and out["b"][0] != out["b"][0]
     assert out["overall"][0] == 0.375
 
-
-# ------------------------------------------------------------------------------ the command
 
 def test_eval_geneval_is_a_command(tmp_path):
     """Started from another folder."""

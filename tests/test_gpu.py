@@ -18,6 +18,7 @@ import pytest
 import rehearsal
 import torch
 from helpers import ROOT, metrics, serving, together
+from helpers import run as call
 from safetensors.torch import load_file
 from test_reward import Judge
 
@@ -102,12 +103,12 @@ def test_attention_takes_what_the_fast_kernels_take(one):
     calls = found(one, "attention")
     assert calls["image"] and calls["unequal"]
     assert PHI_1_5["hidden_size"] // PHI_1_5["num_attention_heads"] == 64
-    for call in [*calls["image"], *calls["unequal"]]:
-        assert call["dtypes"] == ["torch.bfloat16"] * 3
-        assert call["head_dim"] % 8 == 0 and call["head_dim"] <= 256 and call["last_stride"] == 1
-    assert all(call["mask"] is None for call in calls["image"])
-    for call in calls["unequal"]:
-        dtype, strides, size, rows = call["mask"]
+    for given in [*calls["image"], *calls["unequal"]]:
+        assert given["dtypes"] == ["torch.bfloat16"] * 3 and given["last_stride"] == 1
+        assert given["head_dim"] % 8 == 0 and given["head_dim"] <= 256
+    assert all(given["mask"] is None for given in calls["image"])
+    for given in calls["unequal"]:
+        dtype, strides, size, rows = given["mask"]
         assert dtype == "torch.bfloat16" and strides[-1] == 1
         assert all(stride % 8 == 0 for stride in strides[:-1]) and strides[2] == 0
         assert size == rows * strides[0]
@@ -118,7 +119,6 @@ def test_the_decoder_keeps_one_layout(one):
     assert found(one, "layouts") == ["mid.attn_1.proj_out"]     # once, at the lowest resolution
     magvit = load_magvit(ROOT / "shapes/magvitv2")
     assert layouts(magvit, torch.channels_last) == ["post_quant_conv"]      # the first one
-
 
 
 # ------------------------------------------------------------------------------ the other scripts
@@ -137,7 +137,6 @@ def test_every_reward_scores_pictures_of_a_gpu(one):
         torch.testing.assert_close(on_gpu, on_cpu, atol=2e-2, rtol=1e-2)    # half against float32
 
 
-
 def test_the_check_for_a_card_runs_whole(one):
     found_there = found(one, "gpu_check")
     assert len(found_there["holds"]) == 8 and all(found_there["holds"].values())
@@ -145,8 +144,6 @@ def test_the_check_for_a_card_runs_whole(one):
         assert all(value > 0 for name, value in found_there[part].items()
                    if name.startswith(("seconds", "share", "ratio", "update"))), part
 
-
-# ------------------------------------------------------------------------------ two processes, bugs
 
 def test_two_processes_by_nccls_rules(two):
     """Sharded and not."""
@@ -217,7 +214,7 @@ def dropped_move():
     exec(compile(source.replace(move, "Prompt(ids, "), model.__file__, "exec"), names)
     model.Showo.encode = names["encode"]
     try:
-        call(train.main, "train.py", *FLAGS, "--out", "absent")
+        call(train, *FLAGS, "--out", "absent")
     except (RuntimeError, SystemExit) as error:
         return str(error)
     finally:
@@ -310,12 +307,6 @@ def scores():
     return found
 
 
-def call(main, *command):
-    """Call a script's main with flags."""
-    sys.argv = [str(word) for word in command]
-    main()
-
-
 def few_prompts(out):
     """Write a ninth of the held-out prompts; return the flag that takes them."""
     path = out / "few.jsonl"
@@ -342,7 +333,7 @@ def main_of_one(out):
 
     def training(name, *flags, run=None):
         before = pretend_gpu.waits.copy()
-        call(train.main, "train.py", *FLAGS, "--out", run or out / name, *flags)
+        call(train, *FLAGS, "--out", run or out / name, *flags)
         waits[name] = waits_since(before)
     kl = ("--kl", "--transition", "p1", "--ratio", "mean", "--lr", 1e-5, "--inner-epochs", 2,
           "--grad-checkpoint", "--eval-every", 2, *few_prompts(out))
@@ -352,23 +343,22 @@ def main_of_one(out):
     training("lora", "--steps", 1, "--kl", "--lora", 4)
     training("float32", "--steps", 1, "--no-kl", "--dtype", "fp32", "--transition", "ar")
 
-    call(sample.main, "sample.py", "--model", "shapes", "--prompt", "a photo of a red circle",
-         "--prompt", "a photo of two stars", "--n", 2, "--cfg", 1, "--steps", 3,
-         "--no-compile", "--out", out / "pictures")
+    call(sample, "--model", "shapes", "--prompt", "a photo of a red circle", "--prompt",
+         "a photo of two stars", "--n", 2, "--cfg", 1, "--steps", 3, "--no-compile", "--out",
+         out / "pictures")
     home, work = out / "home", out / "work"
     work.mkdir()
     rehearsal.make_hub(home)
     rehearsal.make_work(work)
     with rehearsal.rehearsing(home):
         found = {"rewards": scores()}
-        call(eval_geneval.main, "eval_geneval.py", "--steps", 2, "--n", 1, "--prompts",
-             work / "eval.jsonl", "--no-compile", "--out", out / "geneval")
+        call(eval_geneval, "--steps", 2, "--n", 1, "--prompts", work / "eval.jsonl",
+             "--no-compile", "--out", out / "geneval")
     # two layers, pictures by twos
     bench.random_showo = functools.partial(bench.random_showo, num_hidden_layers=2)
     bench.matmul_rate = functools.partial(bench.matmul_rate, seconds=0.1)
     gpu_check.G = 2
-    call(gpu_check.main, "gpu_check.py", "--size", "shapes", "--no-compile", "--json",
-         out / "gpu_check.json")
+    call(gpu_check, "--size", "shapes", "--no-compile", "--json", out / "gpu_check.json")
 
     magvit = load_magvit("shapes/magvitv2", device="cuda")
     found |= {"waits": waits, "dropped": dropped_move(), "attention": attention_calls(),
@@ -382,13 +372,12 @@ def main_of_two(out):
     """Go through what two processes do."""
     place = processes.setup()
     processes.setup = lambda device: place
-    flags = ["train.py", *FLAGS, "--prompts-per-step", 2, "--unmask-steps", 2, "--no-kl"]
-    call(train.main, *flags, "--out", out / "plain")
-    call(train.main, *flags, "--out", out / "zero", "--zero")
-    call(train.main, *flags, "--out", drop_last(out / "plain", out / "then-zero"), "--resume",
-         "--zero")
-    call(train.main, *flags, "--out", drop_last(out / "zero", out / "then-plain"), "--resume")
-    call(sample.main, "sample.py", "--model", "shapes", "--prompt", "a photo of a red circle",
+    flags = [*FLAGS, "--prompts-per-step", 2, "--unmask-steps", 2, "--no-kl"]
+    call(train, *flags, "--out", out / "plain")
+    call(train, *flags, "--out", out / "zero", "--zero")
+    call(train, *flags, "--out", drop_last(out / "plain", out / "then-zero"), "--resume", "--zero")
+    call(train, *flags, "--out", drop_last(out / "zero", out / "then-plain"), "--resume")
+    call(sample, "--model", "shapes", "--prompt", "a photo of a red circle",
          "--prompt", "a photo of two stars", "--prompt", "a photo of a cat", "--steps", 2,
          "--no-compile", "--out", out / "pictures")
     torch.distributed.destroy_process_group()

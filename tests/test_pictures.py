@@ -1,4 +1,6 @@
 """Pictures: drawn once, read, put into grids, found in folders of other makers."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,16 @@ def test_a_picture_keeps_its_pixels(tmp_path):
                           generator=torch.Generator().manual_seed(0))
     pictures.to_pil(image).save(tmp_path / "x.png")
     assert torch.equal(pictures.read_picture(tmp_path / "x.png"), image)
+
+
+def test_a_picture_is_whole_up_to_its_last_byte(tmp_path):
+    path = tmp_path / "x.png"
+    assert not pictures.is_whole(path)
+    Image.new("RGB", (48, 48), "red").save(path)
+    assert pictures.is_whole(path)
+    for size in (path.stat().st_size - 20, 60, 8, 0):
+        os.truncate(path, size)
+        assert not pictures.is_whole(path)
 
 
 def test_sixteen_bits_of_grey_are_scaled(tmp_path):

@@ -14,26 +14,11 @@ import sys
 import traceback
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import (
-    DATA,
-    ROOT,
-    TINY,
-    call,
-    equal,
-    metrics,
-    moments,
-    near,
-    read_lines,
-    run,
-    together,
-    torchrun,
-    trainer,
-    weights,
-    write_lines,
-)
+from helpers import DATA, ROOT, TINY, call, equal, metrics, moments, near, trainer, weights
 
 import eval_geneval
 import train
@@ -177,12 +162,12 @@ def two(tmp_path_factory):
         spoil_rewards(0.0, (), 0)
         call(*FLAGS, "--out", out / "no-scores-at-1-as-one", "--no-filter-low", "--steps", 1)
         train.make_reward = PLAIN["make_reward"]
-        write_lines(out / "few.jsonl", world.prompts("train")[5:8] * 2)
-        write_lines(out / "two.jsonl", world.prompts("eval")[3:5])
+        helpers.write_lines(out / "few.jsonl", world.prompts("train")[5:8] * 2)
+        helpers.write_lines(out / "two.jsonl", world.prompts("eval")[3:5])
         few = ("--prompts", out / "few.jsonl", "--no-filter-low")
         call(*FLAGS, "--out", out / "three-as-one", "--prompts-per-step", 6, *few)
         torch.save(gradients_of_one, out / "one.pt")
-        together(__file__, out, n=1)
+        helpers.together(__file__, out, n=1)
         shutil.copytree(out / "three", out / "three-then-one",
                         ignore=lambda *_: ["checkpoint-2"])
         call(*FLAGS, "--out", out / "three-then-one", "--prompts-per-step", 6, "--resume", *few)
@@ -319,9 +304,9 @@ def test_pictures_of_several_machines_are_scored_as_by_one_process(two, monkeypa
     said = "".join((two / f"scored-{rank}.txt").read_text() for rank in range(3))
     assert said.count("Overall score") == 1 and "Total images: 4\n" in said
     assert [len(list((two / name / "out").rglob("0*.png"))) for name in "ab"] == [2, 2]
-    run(eval_geneval, *PICTURES, two / "two.jsonl")
-    rows, wanted = ([row | {"filename": ""} for row in read_lines(two / of / "results.jsonl")]
-                    for of in ("a/out", "out"))
+    helpers.run(eval_geneval, *PICTURES, two / "two.jsonl")
+    rows, wanted = ([row | {"filename": ""} for row in helpers.read_lines(two / name)]
+                    for name in ("a/out/results.jsonl", "out/results.jsonl"))
     assert len(rows) == 4 and rows == wanted
 
 
@@ -343,7 +328,7 @@ processes.run(train.main)
 def test_a_process_that_dies_takes_the_job_down_and_nothing_saved_is_lost(tmp_path):
     (tmp_path / "dies.py").write_text(DIES)
     run = tmp_path / "run"
-    started = torchrun(tmp_path, "dies.py", *FLAGS, "--steps", 500, "--out", run, n=2,
+    started = helpers.torchrun(tmp_path, "dies.py", *FLAGS, "--steps", 500, "--out", run, n=2,
                        errors=subprocess.PIPE)
     _, errors = started.communicate(timeout=120)
     assert started.returncode != 0 and len(metrics(run)) == 1

@@ -69,7 +69,6 @@ TABLE = 'Prompts,Category\n"a cat, asleep",Animals\n"a ""red"" dog\non grass",Co
     ("tiif.jsonl:long", '{"short": "a", "long": "b c"}\n', ["b c"]),
     ("wide.csv:Note", "Prompt,Note\na,b\n", ["b"]),
     ("text.jsonl", '"a cat"\n{"text": "a dog"}\n', ["a cat", "a dog"]),
-    ("dos.TXT", "\ufeffa cat\r\n\r\n\u00a0a dog\u00a0\r\n", ["a cat", "a dog"]),
     # COCO's captions_val2014.json, and the key of a list inside
     ("coco.json:annotations", '{"info": {"x": 1}, "annotations": [{"id": 7, "caption": "a cat"}, '
      '{"id": 8, "caption": "a dog"}]}', ["a cat", "a dog"]),

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock
-from helpers import TINY, call, equal, metrics, moments, trainer, weights
+from helpers import DATA, TINY, call, equal, metrics, moments, trainer, weights
 from PIL import Image
 
 import train
@@ -117,33 +117,27 @@ def test_a_weight_decay_that_is_given_now_holds(straight, tmp_path):
     assert norms[0] < 0.9999 * norms[1]
 
 
-def test_what_a_resume_must_not_change(tmp_path):
-    run = tmp_path / "run"
-    call("--out", run)
+def test_what_a_resume_must_not_change(straight, tmp_path):
+    run = shutil.copytree(straight, tmp_path / "run")
     before = [path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()]
     for flags, line in ((["--group-size", 8], "that run has --group-size 4; give the same"),
                         (["--kl", "--seed", 1], "that run has --kl False, --seed 42; give"),
-                        (["--steps", 1], "checkpoint-2: that run is past --steps 1")):
+                        (["--steps", 1], "checkpoint-4: that run is past --steps 1")):
         with pytest.raises(SystemExit, match=line):
-            call("--out", run, "--resume", *flags)
+            call(*FOUR, "--out", run, "--resume", *flags)
     for flags, line in ((["--resume", run / "checkpoint-7"], "--resume: there is no .*-7"),
                         (["--out", run], "holds another run; choose another, or add --resume")):
         with pytest.raises(SystemExit, match=line):
             call(*flags)
     assert [p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()] == before
-    call("--out", run, "--resume")      # nothing is left to do
-    assert len(metrics(run)) == 2
-
-
-def test_a_resume_that_fails_takes_nothing_back(tmp_path):
-    """Rows and checkpoints after the step that --resume names go only when the run goes on."""
-    run = tmp_path / "run"
-    call("--out", run, "--steps", 3)
+    call(*FOUR, "--out", run, "--resume")       # nothing is left to do
+    assert len(metrics(run)) == 4
+    # rows and checkpoints after the step that --resume names go only when the run goes on
     path = run / "checkpoint-2/pytorch_model.safetensors"
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(Exception, match="(?i)header|incomplete|buffer"):     # safetensors' own
-        call("--resume", run / "checkpoint-2", "--steps", 3)
-    assert len(metrics(run)) == 3 and len(runs.checkpoints(run)) == 3
+        call(*FOUR, "--resume", run / "checkpoint-2")
+    assert len(metrics(run)) == 4 and len(runs.checkpoints(run)) == 2
 
 
 def test_a_row_that_a_crash_cut_off_is_no_row(tmp_path):
@@ -307,7 +301,8 @@ def test_wandb_goes_on_with_the_same_run(monkeypatch, tmp_path):
         init=init, Image=lambda path: ("picture", path)))
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: name)
     run = tmp_path / "run"
-    flags = ("--wandb", "project", "--eval-every", 2, "--eval-unmask-steps", 2, "--out", run)
+    flags = ("--wandb", "project", "--eval-every", 2, "--eval-unmask-steps", 2, "--out", run,
+             "--eval-prompts", DATA / "eval.jsonl")
     call(*flags)
     shutil.rmtree(run / "checkpoint-2")     # as if it had ended before it saved
     before = list(sent)

@@ -45,8 +45,6 @@ def same(a, b):
     assert a.sampled is None or torch.equal(a.sampled, b.sampled)
 
 
-# ------------------------------------------------------------------------------ schedules
-
 def test_schedule_and_temperature_are_the_official_ones():
     for case in read_json("sampling/mask_len.json"):
         ours = mask_schedule(case["N"], case["T"], case["schedule"])
@@ -54,12 +52,9 @@ def test_schedule_and_temperature_are_the_official_ones():
         assert sample.temperatures(case["T"]) == pytest.approx(case["temperature"], abs=1e-12)
 
 
-def test_schedule_with_more_iterations_than_tokens():
+def test_more_iterations_than_tokens_and_noise_that_compounds():
     assert mask_schedule(3, 6).tolist() == [2, 1, 1, 1, 1, 0]
     assert mask_schedule(5, 1).tolist() == [0]
-
-
-def test_the_noise_compounds():
     assert sample.temperatures(4, 2.0) == pytest.approx([1.5, 0.75, 0.1875, 0.0])
 
 
@@ -109,9 +104,9 @@ def recorded_moves():
                        order[None], gumbel)
 
 
-def test_transition_log_probabilities():
-    n_zero = 0
-    for name, step, logits, sampled, order, _ in recorded_moves():
+def test_recorded_moves_and_their_log_probabilities():
+    n_zero = n_moved = 0
+    for name, step, logits, sampled, order, gumbel in recorded_moves():
         wanted = {"p1": step["log_p1_nonzero"], "p2": step["log_p2"], "ar": step["log_p_ar"]}
         for dtype, atol in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
             threshold = torch.tensor([[math.nan, step["threshold"]]], dtype=dtype)
@@ -120,19 +115,13 @@ def test_transition_log_probabilities():
                       for kind in ("p1", "p2", "ar")}
             assert values == pytest.approx(wanted, abs=atol), name
         n_zero += step["zero_mass_count"]
-    assert n_zero > 10
-
-
-def test_recorded_trajectories_move_the_same():
-    n = 0
-    for _, step, logits, sampled, order, gumbel in recorded_moves():
         if gumbel is not None:
             conf = take(logits.softmax(-1), sampled)
             new = choose_and_move(conf.clamp(min=1e-20).log(), order > 0, step["mask_len"],
                                   step["temperature"], gumbel)
             assert torch.equal(new, order == 1)
-            n += 1
-    assert n > 10
+            n_moved += 1
+    assert n_zero > 10 and n_moved > 10
 
 
 def test_rows_move_on_their_own():
@@ -458,8 +447,6 @@ def test_trajectories_are_joined_indexed_and_assigned_to():
     lean = rollout(toy_policy(7), 5, 9, 7, 3, generator=seeded(0), keep_sampled=False)
     assert lean.sampled is None and torch.equal(lean.codes, traj.codes)
 
-
-# ------------------------------------------------------------------------------ a plain sampler
 
 def plain_sampler(showo, text, B, T, generator):
     """Return final codes Long[B, N] of Show-o's sampling loop without any of our short cuts: every

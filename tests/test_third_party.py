@@ -43,11 +43,6 @@ def amused(unet):
     return SimpleNamespace(policy=policy, traj=traj, scheduler=scheduler)
 
 
-def test_it_rolls_out(amused):
-    assert amused.traj.codes.shape == (P * G, N) and amused.traj.codes.max() < K
-    assert amused.traj.n_masked == [N, *mask_schedule(N, T).tolist()]
-
-
 def test_the_policy_learns(amused, unet):
     logp = transition_log_prob(amused.policy(amused.traj.state(2)), amused.traj, 2, "p2")
     logp.sum().backward()

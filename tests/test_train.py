@@ -28,8 +28,8 @@ from support.weights import read_json, write_json
 def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
     out = tmp_path / "run"
     call("--out", out, "--eval-every", 1, "--reward", "clip:shapes/clip", "--eval-reward",
-         "geneval:official,geneval:exact:0", "--filter-low", "--prompts-per-step", 8,
-         "--unmask-steps", 8)
+         "geneval:official,geneval:exact:0", "--filter-low", "--unmask-steps", 8,
+         "--eval-prompts", DATA / "eval.jsonl")
     rows, evals = metrics(out), read_rows(out / "eval.jsonl")
     assert [row["step"] for row in rows] == [1, 2] and [row["step"] for row in evals] == [0, 1, 2]
     assert set(rows[0]) >= {
@@ -45,7 +45,7 @@ def test_a_run_leaves_what_the_readme_says(tmp_path, capsys):
     ours, base = weights(out / "checkpoint-2"), weights(ROOT / "shapes")
     assert 0 < max((ours[name] - base[name]).abs().max() for name in base) < 0.01
     said = capsys.readouterr().out
-    assert "one step: 8 prompts x 4 = 32 pictures, x 8 of 8 iterations" in said
+    assert "one step: 4 prompts x 4 = 16 pictures, x 8 of 8 iterations" in said
     assert said.count("| reward ") == 2 and said.count("eval step") == 3
 
 
@@ -67,7 +67,7 @@ def of_the_mean_token(row):
     (["--transition", "ar"], on_policy),
     (["--loss-steps", 2, "--loss-steps-from", "random"], on_policy),
     # more iterations than tokens
-    (["--unmask-steps", 40, "--prompts-per-step", 4, "--transition", "p1"], on_policy),
+    (["--unmask-steps", 40, "--prompts-per-step", 2, "--transition", "p1"], on_policy),
     (["--ratio", "mean", "--inner-epochs", 2], of_the_mean_token),
     (["--dtype", "bf16"], on_policy),
     (["--grad-checkpoint"], on_policy)])
@@ -75,12 +75,6 @@ def test_variants_run(tmp_path, flags, check):
     call("--out", tmp_path / "run", "--reward", "geneval:exact", "--prompts-per-step", 8, *flags)
     rows = metrics(tmp_path / "run")
     assert len(rows) == 2 and all(check(row) for row in rows)
-
-
-def test_kl_holds_the_policy_to_the_reference(tmp_path):
-    call("--out", tmp_path / "run", "--kl", "--steps", 3, "--kl-beta", 0.1)
-    rows = metrics(tmp_path / "run")
-    assert rows[0]["kl_ref"] == pytest.approx(0, abs=1e-9) and rows[2]["kl_ref"] > 1e-5
 
 
 def test_eq_14_with_a_kl_does_not_explode(tmp_path):
@@ -137,18 +131,6 @@ def test_training_starts_from_other_weights(tmp_path):
     assert equal(weights(tmp_path / "run/checkpoint-1"), state)
 
 
-# ------------------------------------------------------------------------------ not finite
-
-def test_steps_that_are_not_finite_are_not_taken(monkeypatch, tmp_path):
-    run, plain, passes = tmp_path / "run", train.clipped_objective, []
-    monkeypatch.setattr(train, "clipped_objective", lambda *a: passes.append(1) or plain(*a) * (
-        float("inf") if len(passes) <= 4 else 1))
-    call("--out", run, "--steps", 3)
-    assert [row["taken"] for row in metrics(run)] == [0, 1, 1]
-    assert [folder.name for folder in checkpoints(run)] == ["checkpoint-2", "checkpoint-3"]
-    assert all(w.isfinite().all() for w in weights(run / "checkpoint-3").values())
-
-
 def test_weights_that_are_not_finite_are_never_the_last_checkpoint(monkeypatch, tmp_path):
     run, plain = tmp_path / "run", train.update
 
@@ -163,8 +145,6 @@ def test_weights_that_are_not_finite_are_never_the_last_checkpoint(monkeypatch, 
     assert [row["taken"] for row in metrics(run)] == [1, 1, 0, 0, 0, 0]
     assert checkpoints(run) == []
 
-
-# ------------------------------------------------------------------------------ adapters
 
 def test_adapters_are_merged_in_checkpoints(tmp_path):
     call("--out", tmp_path / "run", "--kl", "--lora", 4, "--lr", 1e-2, "--warmup", 0)
@@ -182,8 +162,9 @@ def test_adapters_are_merged_in_checkpoints(tmp_path):
 
 def test_rewards_beside_the_one_trained_on(tmp_path):
     write_lines(tmp_path / "few.jsonl", world.prompts("eval")[::3])
-    for guidance in (0, 2):
+    for guidance, steps in ((0, 2), (2, 1)):
         call("--out", tmp_path / str(guidance), "--eval-every", 1, "--eval-guidance", guidance,
+             "--steps", steps,
              "--eval-unmask-steps", 12, "--eval-prompts", tmp_path / "few.jsonl",
              "--eval-reward", "geneval:official,geneval:partial:0,geneval:strict:0")
     plain, guided = (read_rows(tmp_path / f"{guidance}/eval.jsonl") for guidance in (0, 2))
@@ -241,15 +222,13 @@ def parsed(*flags):
         return vars(train.parse_args())
 
 
-def test_about_forty_flags():
+def test_about_forty_flags_and_the_preset():
     assert len(parsed("--model", "shapes")) == 41
     assert parsed("--model", "shapes", "--clip", "0.8", "1.3")["clip"] == [0.8, 1.3]
     showo = parsed("--model", "showlab/show-o-512x512")
     assert showo["group_size"] * showo["prompts_per_step"] * 8 == 96        # the paper's, on 8 GPUs
     assert (showo["lr"], showo["unmask_steps"], showo["reward"]) == (3e-6, 50, "clip")
-
-
-def test_the_preset_is_the_one_epoch_of_the_released_run():
+    # the preset is the one epoch of the released run
     args = SimpleNamespace(**parsed())
     assert args.steps * args.group_size * args.prompts_per_step * 8 == 625 * 96
     assert args.steps * args.prompts_per_step * 8 == 10_000         # prompts

@@ -76,8 +76,6 @@ def test_saving_over_the_file_that_is_mapped(tmp_path):
     assert equal(weights(tmp_path), weights(CHECKPOINT))
 
 
-# ------------------------------------------------------------------------------ the hub
-
 def test_hub_cache_and_revisions_without_network(showo, monkeypatch, tmp_path):
     """A cache as huggingface_hub lays it out, with two commits; offline."""
     repo, half = tmp_path / "models--somebody--tiny", tmp_path / "models--somebody--half"
@@ -153,25 +151,20 @@ class Trap:
 
 
 def test_pickled_code_is_not_run_and_what_is_absent_is_said(tmp_path):
-    torch.save({"weight": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
-    with pytest.raises(Exception, match="(?i)weights.only"):
-        read_weights(tmp_path / "evil.pth")
+    trap = Trap(tmp_path / "sprung")
+    torch.save({"weight": trap}, tmp_path / "evil.pth")
+    torch.save({"step": 1, "args": trap}, tmp_path / "trainer.pt")
+    torch.save({"state_dict": trap}, tmp_path / "bomb.pth")
+    for read in (lambda: read_weights(tmp_path / "evil.pth"),
+                 lambda: load_trainer(tmp_path, SimpleNamespace()),
+                 lambda: load_models("shapes", ckpt=tmp_path / "bomb.pth")):
+        with pytest.raises(Exception, match="(?i)weights.only"):
+            read()
     assert not (tmp_path / "sprung").exists()
     (tmp_path / "empty").mkdir()
     for name, said in (("empty", "no weights there"), ("absent.pth", "no such file of weights")):
         with pytest.raises(SystemExit, match=f"{name}: .*{said}"):
             read_weights(tmp_path / name)
-
-
-def test_no_code_in_a_pickle_runs(tmp_path):
-    trap = Trap(tmp_path / "ran")
-    torch.save({"step": 1, "args": trap}, tmp_path / "trainer.pt")
-    torch.save({"state_dict": trap}, tmp_path / "bomb.pth")
-    with pytest.raises(Exception, match="[Ww]eights"):
-        load_trainer(tmp_path, SimpleNamespace())
-    with pytest.raises(Exception, match="[Ww]eights"):
-        load_models("shapes", ckpt=tmp_path / "bomb.pth")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_an_adapter_of_peft_is_to_be_merged_first(tmp_path):
