@@ -1,6 +1,6 @@
 """Mask-GRPO (arXiv 2510.13418): RL for masked text-to-image models, one readable loop.
 
-    python train.py --model shapes --no-kl --filter-low --ratio mean          # minutes, two cores
+    python train.py --model shapes --no-kl --filter-low --ratio mean          # a laptop, see README
     torchrun --nproc_per_node 8 train.py --no-kl --filter-low                 # Show-o 512, Eq. 15
     torchrun --nproc_per_node 8 train.py --no-kl --filter-low --transition p1       # with Eq. 14
 
@@ -51,11 +51,11 @@ PRESETS = {     # defaults, by model
                   weight_decay=0.02, micro_batch=6, prompts="prompts/train.txt", reward="clip",
                   eval_every=50, eval_n=1, eval_unmask_steps=50, eval_guidance=5.0,
                   eval_prompts=None, eval_reward=None, save_every=100),
-    "shapes": dict(steps=30, group_size=8, prompts_per_step=16, unmask_steps=12, lr=7e-4, warmup=3,
+    "shapes": dict(steps=40, group_size=8, prompts_per_step=16, unmask_steps=4, lr=8e-4, warmup=3,
                    weight_decay=0.0, micro_batch=256, prompts="shapes/train.jsonl",
-                   reward="clip:shapes/clip", eval_every=10, eval_n=8, eval_unmask_steps=12,
+                   reward="clip:shapes/clip", eval_every=20, eval_n=8, eval_unmask_steps=12,
                    eval_guidance=0.0, eval_prompts="shapes/eval.jsonl",
-                   eval_reward="geneval:official", save_every=10)}
+                   eval_reward="geneval:official", save_every=20)}
 
 
 def parse_args():
