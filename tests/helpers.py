@@ -46,7 +46,7 @@ def write_lines(path, lines):
 # ------------------------------------------------------------------------------ scripts
 
 # flags of train.py for a run of a second; a flag that is given again counts
-TINY = ("--model shapes --no-kl --steps 2 --prompts-per-step 4 --group-size 4 --unmask-steps 4 "
+TINY = ("--model shapes --no-kl --steps 2 --prompts-per-step 4 --group-size 4 --unmask-steps 2 "
         "--eval-every 0 --eval-n 1 --eval-unmask-steps 4 --save-every 1 --lr 1e-3 "
         "--reward geneval:partial").split()
 

@@ -45,7 +45,7 @@ COW = {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "promp
     (train, "--device tpu", "^--device tpu: there is none "),
     (train, "--wandb project", "^--wandb needs a package: pip install wandb$"),
     (train, "--zero", "^--zero shards over processes: start with torchrun "),
-    (train, "--loss-steps 5", "^--loss-steps 5 is more than --unmask-steps 4$"),
+    (train, "--loss-steps 5", "^--loss-steps 5 is more than --unmask-steps 2$"),
     (train, "--group-sizes 3", "unrecognized arguments: --group-sizes 3$"),
     (train, "--steps many", "argument --steps: invalid int value: 'many'$"),
     (sample, "--model shapes", "^give --prompt TEXT, or --prompts FILE$"),

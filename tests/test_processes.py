@@ -30,7 +30,7 @@ from support import run as runs
 
 # a group at a time, in evaluation too: in batches of another size rounding differs, so that another
 # token can be drawn
-FLAGS = (*TINY, *"--filter-low --micro-batch 4 --eval-n 4 --unmask-steps 2".split())
+FLAGS = (*TINY, *"--filter-low --micro-batch 4 --eval-n 4".split())
 EVALUATED = ("--eval-every", 2, "--eval-prompts", DATA / "eval.jsonl")
 PLAIN = {name: getattr(train, name) for name in (
     "load_policy", "make_reward", "update", "clipped_objective")}

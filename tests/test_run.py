@@ -57,8 +57,8 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [
     ("--filter-low", "--inner-epochs", 2), ("--kl", "--transition", "p1"),
-    ("--kl", "--lora", 2, "--ratio", "mean"), ("--transition", "ar", "--loss-steps", 2,
-                                               "--loss-steps-from", "random")])
+    ("--kl", "--lora", 2, "--ratio", "mean"),
+    ("--transition", "ar", "--unmask-steps", 4, "--loss-steps", 2, "--loss-steps-from", "random")])
 def test_a_resumed_run_is_the_run(monkeypatch, tmp_path, flags):
     monkeypatch.setattr(train.SampleFilter, "bar", property(lambda own: 0.3))
     straight, again = tmp_path / "straight", tmp_path / "again"
@@ -318,8 +318,7 @@ def test_wandb_goes_on_with_the_same_run(monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------ the script
 
 PHASES = {b"r": (train, "sample_groups"), b"u": (train, "update"), b"s": (runs, "save")}
-FLAGS = (*TINY, *"--filter-low --steps 9 --prompts-per-step 3 --reward geneval --unmask-steps 2 "
-         "--keep-last 2".split())
+FLAGS = (*TINY, *"--filter-low --steps 9 --reward geneval --keep-last 2".split())
 
 
 def announced(function, pipe, letter):

@@ -72,7 +72,8 @@ def of_the_mean_token(row):
     (["--dtype", "bf16"], on_policy),
     (["--grad-checkpoint"], on_policy)])
 def test_variants_run(tmp_path, flags, check):
-    call("--out", tmp_path / "run", "--reward", "geneval:exact", "--prompts-per-step", 8, *flags)
+    call("--out", tmp_path / "run", "--reward", "geneval:exact", "--prompts-per-step", 8,
+         "--unmask-steps", 4, *flags)
     rows = metrics(tmp_path / "run")
     assert len(rows) == 2 and all(check(row) for row in rows)
 
