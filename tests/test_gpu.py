@@ -206,7 +206,7 @@ def planted_wait():
             for name, n in waits_since(before)["inside"].items()}
 
 
-def dropped_move():
+def dropped_move(out):
     """Return the error of train.py's main where the prompts' move to the GPU is left out."""
     plain, names, move = model.Showo.encode, vars(model).copy(), "Prompt(ids.to(self.device), "
     source = textwrap.dedent(inspect.getsource(plain))
@@ -214,7 +214,7 @@ def dropped_move():
     exec(compile(source.replace(move, "Prompt(ids, "), model.__file__, "exec"), names)
     model.Showo.encode = names["encode"]
     try:
-        call(train, *FLAGS, "--out", "absent")
+        call(train, *FLAGS, "--out", out / "dropped-move")
     except (RuntimeError, SystemExit) as error:
         return str(error)
     finally:
@@ -361,7 +361,7 @@ def main_of_one(out):
     call(gpu_check, "--size", "shapes", "--no-compile", "--json", out / "gpu_check.json")
 
     magvit = load_magvit("shapes/magvitv2", device="cuda")
-    found |= {"waits": waits, "dropped": dropped_move(), "attention": attention_calls(),
+    found |= {"waits": waits, "dropped": dropped_move(out), "attention": attention_calls(),
               "layouts": layouts(magvit),
               "gradients": [distances_of_gradients(on) for on in (False, True)]}
     for name, value in found.items():
