@@ -43,8 +43,6 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-# ------------------------------------------------------------------------------ scripts
-
 # flags of train.py for a run of a second; a flag that is given again counts
 TINY = ("--model shapes --no-kl --steps 2 --prompts-per-step 4 --group-size 4 --unmask-steps 2 "
         "--eval-every 0 --eval-n 1 --eval-unmask-steps 4 --save-every 1 --lr 1e-3 "
@@ -111,8 +109,6 @@ def serving(handler):
         server.server_close()
 
 
-# ------------------------------------------------------------------------------ runs
-
 def metrics(out):
     """Return the rows of a run's metrics.jsonl, but for times and memory."""
     measured = re.compile("s_|images_per_s|peak_gib")
@@ -149,8 +145,6 @@ def near(a, b):
     a, b = (torch.cat([x[name].flatten() for name in a]) for x in (a, b))
     return a.norm() > 0 and (a - b).norm() <= 1e-5 * a.norm()
 
-
-# ------------------------------------------------------------------------------ models
 
 def gradient(model):
     """Return all gradients as one vector, and delete them."""

@@ -68,8 +68,6 @@ def test_scoring_a_folder(tmp_path, capsys):
         world.detect(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
 
 
-# ------------------------------------------------------------------------------ the summary
-
 @pytest.mark.parametrize("name", ["full", "one_per_prompt", "three_tags"])
 def test_summary(name):
     rows = read_lines(f"geneval/summary/{name}_results.jsonl")

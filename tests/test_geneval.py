@@ -17,8 +17,6 @@ MEAN = torch.tensor([123.675, 116.28, 103.53])
 STD = torch.tensor([58.395, 57.12, 57.375])
 
 
-# ------------------------------------------------------------------------------ the rules
-
 @pytest.mark.parametrize("which", ["", "_extra"])
 def test_verdicts_and_training_rewards(which):
     cases = {case["id"]: case for case in read_lines(f"geneval/scoring_cases{which}.jsonl")}
@@ -72,8 +70,6 @@ def test_what_the_detector_does_not_know_is_said(clause):
         with pytest.raises(SystemExit, match="need a tag and metadata"):
             geneval.check_metadata([lacking])
 
-
-# ------------------------------------------------------------------------------ the detector
 
 @pytest.mark.parametrize("case", read_json("geneval/detector_postprocess/cases.json"),
                          ids=lambda case: str(case["case"]))

@@ -63,8 +63,6 @@ def found(one, name):
     return json.loads((one / f"{name}.json").read_text())
 
 
-# ------------------------------------------------------------------------------ train.py
-
 def test_training_runs_on_a_gpu(one):
     """With a KL, Eq. 14, two epochs and checkpointing; then resumed."""
     rows = metrics(one / "kl")
@@ -121,8 +119,6 @@ def test_the_decoder_keeps_one_layout(one):
     assert layouts(magvit, torch.channels_last) == ["post_quant_conv"]      # the first one
 
 
-# ------------------------------------------------------------------------------ the other scripts
-
 def test_pictures_and_geneval(one):
     assert len(list((one / "pictures").glob("*.png"))) == 4
     assert found(one, "geneval/summary")["images"] > 0
@@ -165,8 +161,6 @@ def test_a_dropped_move_to_the_gpu_is_caught(one):
     said = found(one, "dropped")
     assert re.search(r"Expected all tensors to be on the same device.*\[model.py:\d+\]", said)
 
-
-# ------------------------------------------------------------------------------ the script
 
 def loop_lines(file, function):
     """Return the lines of the loop over t in a function."""

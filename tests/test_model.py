@@ -42,8 +42,6 @@ def test_prompts_cannot_spell_control_tokens(showo):
     assert text[0] == showo.t2i and (text[1:] < showo.text_vocab).all() and len(text) > 10
 
 
-# ------------------------------------------------------------------------------ logits
-
 @pytest.mark.parametrize("case", ["single", "batch4", "partial4"])
 def test_logits(showo, expected, case):
     tensors, cases = expected
@@ -325,8 +323,6 @@ def test_a_policy_with_adapters_off_is_the_base():
         torch.testing.assert_close(merged.logits(codes, prompt), on, atol=1e-4, rtol=1e-4)
     assert torch.equal(off, base) and not torch.allclose(on, base, atol=1e-2)
 
-
-# ------------------------------------------------------------------------------ saved and loaded
 
 def test_save_writes_what_show_o_wrote(showo, tmp_path):
     showo.save(tmp_path)

@@ -53,8 +53,6 @@ def test_an_epoch_has_one_order(monkeypatch):
     assert drawn == [40, 40]
 
 
-# ------------------------------------------------------------------------------ files
-
 TABLE = 'Prompts,Category\n"a cat, asleep",Animals\n"a ""red"" dog\non grass",Colors\n'
 
 
@@ -124,8 +122,6 @@ def test_bad_prompt_files_are_said(tmp_path, name, content, message):
         read_prompts(tmp_path / name)
     assert str(refused.value).startswith(str(tmp_path / name))
 
-
-# ------------------------------------------------------------------------------ GenEval's
 
 def test_the_553_prompts():
     text = "".join(json.dumps(example) + "\n" for example in make_geneval.geneval_prompts())

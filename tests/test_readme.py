@@ -14,8 +14,6 @@ from support.run import read_rows
 
 README = (ROOT / "README.md").read_text()
 
-# ------------------------------------------------------------------------------ the example
-
 ALONE = """
 import json
 import sys
@@ -94,8 +92,6 @@ def test_what_is_pasted_needs_torch_alone(file, wanted):
     assert {name.split(".")[0] for name in imported} == wanted
 
 
-# ------------------------------------------------------------------------------ the equations
-
 def numbers(text):
     """Return the numbers of the equations that a text names: "Eq. 1-3 and 5" names four."""
     found, part = set(), r"\d+(?:-\d+)?"
@@ -141,8 +137,6 @@ def test_the_core_is_as_long_as_said():
              + sum(node.end_lineno - node.lineno + 1 for node in loop))
     assert len(loop) == 2 and abs(found - said) < 0.1 * said, found
 
-
-# ------------------------------------------------------------------------------ the results
 
 PAGE = (ROOT / "results/first_command.md").read_text()
 
@@ -195,8 +189,6 @@ def test_the_tree_names_what_is_there():
     folders = {"support/", "shapes/", "prompts/", "tools/", "results/", "tests/"}
     assert {path.name for path in ROOT.glob("*.py")} | folders <= named <= there
 
-
-# ------------------------------------------------------------------------------ lines
 
 def test_lines_have_at_most_100_columns():
     ours = [path for path in ROOT.rglob("*.py")

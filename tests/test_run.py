@@ -53,8 +53,6 @@ def straight(tmp_path_factory):
     return out
 
 
-# ------------------------------------------------------------------------------ the same run
-
 @pytest.mark.parametrize("flags", [
     ("--filter-low", "--inner-epochs", 2), ("--kl", "--transition", "p1"),
     ("--kl", "--lora", 2, "--ratio", "mean"),
@@ -148,8 +146,6 @@ def test_a_row_that_a_crash_cut_off_is_no_row(tmp_path):
     assert runs.read_rows(tmp_path / "absent.jsonl") == []
 
 
-# ------------------------------------------------------------------------------ signals
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_signals_stop_at_a_step_boundary_and_the_run_goes_on(
         straight, monkeypatch, tmp_path, capsys, number):
@@ -197,8 +193,6 @@ def test_a_signal_that_is_ignored_stays_ignored():
     assert not stop.number and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-# ------------------------------------------------------------------------------ one run a folder
-
 def test_a_folder_belongs_to_one_run_at_a_time(monkeypatch, tmp_path):
     run, plain, met = tmp_path / "run", train.sample_groups, []
 
@@ -234,8 +228,6 @@ def test_each_run_has_its_own_folder_with_its_seed(monkeypatch, tmp_path):
     first, second = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert re.match(r"shapes-seed42-\d+-\d+-\d+$", first) and second.startswith("shapes-seed43-")
 
-
-# ------------------------------------------------------------------------------ the log
 
 ROW = {"step": 3, "reward_mean": 0.5, "adv_zero": 0.25, "ratio_mean": 1.0, "ratio_max": 1.0,
        "approx_kl": 0.0, "kl_ref": 0.0, "clip_fraction": 0.0, "grad_norm": 0.125, "entropy": 2.0,
@@ -314,8 +306,6 @@ def test_wandb_goes_on_with_the_same_run(monkeypatch, tmp_path):
     name, picture = next(values for step, values in sent if step == 0)["eval/grid"]
     assert name == "picture" and os.path.exists(picture)
 
-
-# ------------------------------------------------------------------------------ the script
 
 PHASES = {b"r": (train, "sample_groups"), b"u": (train, "update"), b"s": (runs, "save")}
 FLAGS = (*TINY, *"--filter-low --steps 9 --reward geneval --keep-last 2".split())

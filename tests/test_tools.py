@@ -39,8 +39,6 @@ def bench(call, out, what, *flags):
     return json.loads((out / "bench.json").read_text())
 
 
-# ------------------------------------------------------------------------------------- bench.py
-
 def test_bench_speed(call, tmp_path):
     found = bench(call, tmp_path, "speed")
     assert found["log_prob_relative_difference"] < 1e-4
@@ -88,8 +86,6 @@ def test_a_card_that_ran_the_present_code_takes_the_place_of_the_earlier_ones(
     assert speed.gpu() == ("| card |  |\n|---|---|\n| name | X |\n| tflops | 0.1235 |\n\n"
                            "| p |  |\n|---|---|\n| a | True |")
 
-
-# ------------------------------------------------------------------------------- experiments.py
 
 def test_an_experiment_runs_what_has_no_row_yet(call, monkeypatch, tmp_path):
     """Of "filter", the arm without the filter is there."""
@@ -191,8 +187,6 @@ def test_every_arm_takes_a_step(monkeypatch, tmp_path, flags):
     assert row["taken"] == 1
     assert (row["ratio_max"] == 1 and row["grad_norm"] > 0) or row["adv_zero"] == 1
 
-
-# ------------------------------------------------------------------------------------- the rest
 
 def test_curves(call, tmp_path):
     call("experiments", "curves", "--folder", tmp_path)

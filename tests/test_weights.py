@@ -13,7 +13,6 @@ from model import load_models, load_showo
 from support.run import load_trainer
 from support.weights import fetch, read_weights
 
-# ------------------------------------------------------------------------------ layouts
 
 def write_layouts(state, folder):
     """Write a state_dict in every layout that is read; return their paths."""
@@ -118,8 +117,6 @@ def test_of_weights_in_two_formats_one_is_fetched(monkeypatch, tmp_path, there, 
     fetch("somebody/tiny")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", *taken]
 
-
-# ------------------------------------------------------------------------------ refusals
 
 @pytest.mark.parametrize("damage", [
     lambda s: s.pop("showo.lm_head.bias"), lambda s: s.update({"extra.weight": torch.zeros(1)}),

@@ -144,8 +144,6 @@ def test_codes_are_the_templates(pictures, base):
     assert (found == codes).float().mean() > 0.999
 
 
-# ------------------------------------------------------------------------- what is shipped
-
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory):
     """What tools/world.py writes of 3 pictures of each prompt that it takes, and of 8 for the
@@ -237,8 +235,6 @@ def test_a_nearly_right_picture_is_wrong_by_one_thing(tag):
                    for key in ("class", "count", "color", "position")]
         assert sum(changed) == (2 if tag == "color_attr" else 1)    # two colours exchanged
 
-
-# ------------------------------------------------------------------------- pretraining
 
 def test_pretraining_repeats_itself(tmp_path):
     for run in ("a", "b"):
