@@ -181,9 +181,13 @@ def counts(clip, n) -> dict:
     return out
 
 
-def look(n, clip_name, ckpt, T) -> dict:
+def look(n, clip_name, ckpt, T, only_relations=False) -> dict:
     """Return all numbers; see the top."""
     showo, magvit = load_models("shapes", ckpt=ckpt)
+    known = {"relations": relations(showo, magvit, n, T),
+             "held-out relations": relations(showo, magvit, n, T, "eval")}
+    if only_relations:
+        return known
     clip, rng = make_reward(f"clip:{clip_name}"), random.Random(0)
     lines = world.prompts("eval")
     traj, policy = draw(showo, lines, n, T)
@@ -196,8 +200,7 @@ def look(n, clip_name, ckpt, T) -> dict:
     right = torch.stack([render(line, rng)[0] for line in asked])
     return {
         "base": {name: by_family(values, asked) for name, values in found.items()},
-        "relations": relations(showo, magvit, n, T),
-        "held-out relations": relations(showo, magvit, n, T, "eval"),
+        **known,
         "order": {**order_of(traj), "entropy": entropies(traj, policy)},
         "clip": {
             "other": ranked(clip, asked, right, wrong_pictures(asked, another, rng)),
@@ -226,9 +229,10 @@ def main():
     p.add_argument("--n", type=int, default=8, help="pictures per prompt")
     p.add_argument("--steps", type=int, default=SAMPLING["shapes"]["T"], dest="T",
                    help="T, unmasking iterations")
+    p.add_argument("--only-relations", action="store_true")
     p.add_argument("--json", type=Path, help="where to write")
     args = p.parse_args()
-    numbers = look(args.n, args.clip, args.ckpt, args.T)
+    numbers = look(args.n, args.clip, args.ckpt, args.T, args.only_relations)
     show(numbers)
     if args.json:
         args.json.write_text(json.dumps(numbers, indent=1) + "\n")
