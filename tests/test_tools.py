@@ -136,7 +136,7 @@ def test_the_work_of_a_run():
     row = {"eval": [{"step": 0, "overall": 0.5}, {"step": 30, "overall": 0.81}]}
     assert experiments.scores_at(5, "T 4", [row]) == pytest.approx([0.655])
     arms = {"T 4": [row | {"drawn_with": {"6": 0.4, "20": 0.7}}]}
-    assert "| 0.810 ± nan | 9.7 | 0.400 |" in experiments.work_table(arms)
+    assert "| 0.810 | 9.7 | 0.400 |" in experiments.work_table(arms)
 
 
 def test_scores_by_iterations(call, monkeypatch, tmp_path):

@@ -345,6 +345,7 @@ def work_table(arms):
     for label, rows in arms.items():
         cells = ["{:.3f} ± {:.3f}".format(*interval(scores_at(work, label, rows)))
                  for work in WORKS]
+        cells = [cell.removesuffix(" ± nan") for cell in cells]         # of one seed
         reached = [work for work in numpy.arange(0, WORKS[-1], 0.1)
                    if statistics.fmean(scores_at(work, label, rows)) >= 0.8]
         drawn = [statistics.fmean(row["drawn_with"][str(T)] for row in rows)
@@ -363,8 +364,9 @@ def plot_work(arms, path):
     for axes, labels in zip(figure.subplots(1, 2, sharey=True), groups, strict=True):
         for label in labels:
             scores = numpy.array([scores_at(work, label, arms[label]) for work in works])
-            axes.plot(works, scores.mean(1), label=label)
-            axes.fill_between(works, scores.min(1), scores.max(1), alpha=0.12)
+            colour = f"C{list(arms).index(label)}"
+            axes.plot(works, scores.mean(1), label=label, color=colour)
+            axes.fill_between(works, scores.min(1), scores.max(1), alpha=0.12, color=colour)
         axes.set(xlabel="work", ylim=(0.5, 0.9))
         axes.grid(alpha=0.4)
         axes.legend()
