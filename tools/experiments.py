@@ -68,7 +68,7 @@ COLUMNS = {
 
 # ----------------------------------------------------------------------------------- experiments
 
-FIRST = dict(ratio="mean", prompts_per_step=16, lr="7e-4")      # the README's first command
+FIRST = dict(ratio="mean", prompts_per_step=16, lr="7e-4")      # the former first command
 LONG = FIRST | dict(steps=200, eval_every=25)
 SLOW, BOTH = dict(lr="2e-4"), dict(reward="clip:shapes/clip,geneval:exact")
 KL = {beta: dict(no_kl=False, kl_beta=beta) for beta in (0.01, 0.05, 0.2)}

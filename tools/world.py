@@ -1,7 +1,7 @@
 """Look at the tiny world: what its base draws, in which order, and how its CLIP judges.
 
     python tools/world.py --json results/world.json       # a minute
-    python tools/world.py --ckpt runs/NAME/checkpoint-30 --json results/world-seed42.json
+    python tools/world.py --ckpt runs/NAME/checkpoint-40 --json results/world-seed42.json
 
 base: GenEval's rule (official), and the stricter ones, by family (mean: of the families, not of the
 prompts); 63 held-out prompts x --n pictures. relations: the share of pictures that show what was
