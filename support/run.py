@@ -143,8 +143,8 @@ def load_trainer(folder, args) -> dict:
     if trainer["step"] > args.steps:
         raise SystemExit(f"--resume {folder}: that run is past --steps {args.steps}")
     if not (folder / "optimizer.pt").exists():
-        raise SystemExit(f"--resume {folder}: the optimizer's state is kept with the newest two "
-                         f"checkpoints alone; begin anew from its weights, with --ckpt {folder}")
+        raise SystemExit(f"--resume {folder}: only the newest two checkpoints keep the optimizer's "
+                         f"state; begin anew from its weights, with --ckpt {folder}")
     return trainer
 
 

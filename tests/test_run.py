@@ -80,7 +80,7 @@ def test_going_back_to_a_checkpoint_keeps_the_later_ones(tmp_path):
     for folder in runs.checkpoints(run):      # weights of all, the optimizer of two
         assert (folder / "optimizer.pt").exists() == (folder.name != "checkpoint-1")
         load_showo(folder)
-    with pytest.raises(SystemExit, match="optimizer's state is kept with the newest two checkpoints"
+    with pytest.raises(SystemExit, match="only the newest two checkpoints keep the optimizer's"
                        " alone; begin anew from its weights, with --ckpt .*checkpoint-1"):
         call("--resume", run / "checkpoint-1", "--steps", 3)
     gc.collect()

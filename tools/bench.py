@@ -1,7 +1,7 @@
 """Measure speed and memory, ours beside a plain implementation, in one run.
 
     python tools/bench.py --size small            # rollout, update, peak memory of an update
-    python tools/bench.py memory --size small     # peak memory of an update alone
+    python tools/bench.py memory --size small     # only the peak memory of an update
     python tools/bench.py load                    # peak memory of loading a Show-o of full size
                                                     # (5.8 GB of zeros, a sparse file), of decoding
 
@@ -215,7 +215,7 @@ def timed(run, device):
 def flops(showo, tokens, context, wanted):
     """Return the FLOPs of one forward pass of ours.
 
-    tokens, each seeing `context` others, pass the blocks; the wanted ones alone pass the last block
+    tokens, each seeing `context` others, pass the blocks; only the wanted ones pass the last block
     (whose keys and values are of all) and the head.
     """
     width, layers = showo.phi["hidden_size"], showo.phi["num_hidden_layers"]

@@ -271,7 +271,7 @@ def pretend_files():
 
 
 def pretend_collectives():
-    """Let gloo play nccl, which takes tensors on the GPU alone."""
+    """Let gloo play nccl, which takes only tensors on the GPU."""
     begin, backends = dist.init_process_group, []
 
     def init_process_group(name=None, *args, **kwargs):

@@ -5,7 +5,7 @@
     python tools/rehearsal.py --hub DIR                         # only the models, as a hub cache:
     HF_HOME=DIR HF_HUB_OFFLINE=1 torchrun --nproc_per_node 8 train.py --no-kl --filter-low
 
-The models have random weights, and lie in a hub cache under the real names and in the real layouts.
+The models have random weights. A hub cache holds them under the real names, in the real layouts.
 Sizes that are no part of a folder (HPSv2's, ImageReward's, the colour CLIP's) are set to tiny ones
 while a command runs. What is drawn and scored is noise; that all of it runs is the point.
 """
@@ -69,8 +69,8 @@ def save_tiny_mask2former(folder):
 
 
 def save_tiny_clip(folder):
-    """Write a tiny open_clip model of random weights: its folder, and its sizes alone (sizes.json)
-    and weights alone (weights.pt)."""
+    """Write a tiny open_clip model of random weights: its folder, a file of its sizes
+    (sizes.json) and one of its weights (weights.pt)."""
     open_clip = library("open_clip")
     sizes = json.loads((DATA / "clip_tiny/config.json").read_text())["open_clip"]
     sizes["text_cfg"]["vocab_size"] = 49408
@@ -161,7 +161,7 @@ def save_random_inception(path):
 
 @contextlib.contextmanager
 def rehearsing(home):
-    """Take models from HOME/hub alone, and tiny sizes for those whose folders have none."""
+    """Take models only from HOME/hub, and tiny sizes for those whose folders have none."""
     from huggingface_hub import constants
     vision, text, _ = tiny_imagereward_sizes()
     blip = reward.ImageReward
