@@ -81,7 +81,7 @@ def test_going_back_to_a_checkpoint_keeps_the_later_ones(tmp_path):
         assert (folder / "optimizer.pt").exists() == (folder.name != "checkpoint-1")
         load_showo(folder)
     with pytest.raises(SystemExit, match="only the newest two checkpoints keep the optimizer's"
-                       " alone; begin anew from its weights, with --ckpt .*checkpoint-1"):
+                       " state; begin anew from its weights, with --ckpt .*checkpoint-1"):
         call("--resume", run / "checkpoint-1", "--steps", 3)
     gc.collect()
     call("--out", tmp_path / "other", "--steps", 3, "--seed", 43)
