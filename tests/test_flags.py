@@ -40,7 +40,7 @@ def test_help_has_commands_texts_and_each_default_once(monkeypatch, capsys, scri
                for part in parts[1:])                                   # each flag has a text
     assert all(part.count("default: ") <= 1 for part in parts)
     if script is train:
-        assert "(default: 625; shapes: 30)" in said and "torchrun --nproc_per_node 8" in said
+        assert "(default: 625; shapes: 40)" in said and "torchrun --nproc_per_node 8" in said
 
 
 @pytest.mark.parametrize("script, flags", [

@@ -354,8 +354,6 @@ def test_of_the_optimizer_s_file_the_state_counts_not_the_settings_and_it_is_let
     assert len(maps) == 1 and "optimizer.pt" not in maps[0] and "trainer.pt" not in maps[0]
 
 
-
-
 # ------------------------------------------------------------------------------ what starts it
 
 @pytest.mark.parametrize("given", [{"SLURM_STEP_NUM_TASKS": "4"}, {"OMPI_COMM_WORLD_SIZE": "2"}])

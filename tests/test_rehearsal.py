@@ -59,7 +59,7 @@ def test_all_commands_in_one_process(work, capsys):
     assert set(scripts) == set(rehearsal.SMALL)
     assert len(rows) == len([words for words in rehearsal.commands() if words[0] == "train.py"])
     n_prompts = len((work / "eval.jsonl").read_text().splitlines())
-    assert read_json(work / "runs/geneval/summary.json")["images"] == n_prompts
+    assert read_json(work / "runs/after/summary.json")["images"] == n_prompts
 
 
 def test_geneval_is_evaluated_on_a_slice_of_the_official_prompts(work):

@@ -151,7 +151,8 @@ def looked(tmp_path_factory):
     path, relations = tmp_path_factory.mktemp("world") / "world.json", measured.relations
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["world.py", "--n", "3", "--json", str(path)])
-        patch.setattr(measured, "relations", lambda a, b, n, T: relations(a, b, 8, T))
+        patch.setattr(measured, "relations", lambda a, b, n, T, split="train": relations(
+            a, b, 8 if split == "train" else 1, T, split))
         measured.main()
     return json.loads(path.read_text())
 
