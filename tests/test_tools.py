@@ -111,16 +111,20 @@ def test_a_report_has_the_tables_of_what_was_run(call, tmp_path):
                  **({"entropy": 5.4} if step else {})}
                 for step in (0, 20)], **dict.fromkeys(experiments.MEANS, 1.0),
              "drawn_with": {"6": 0.4, "20": 0.7}}
-            for name in ("kl", "long", "work") for arm in experiments.EXPERIMENTS[name].values()
-            for seed in (3, 4)]
+            for name in ("kl", "long", "work", "work30")
+            for arm in experiments.EXPERIMENTS[name].values() for seed in (3, 4)]
+    slow = experiments.RATES["T 4"]["3e-4"]
+    rows.append(rows[0] | {"flags": experiments.flags_of(slow), "seed": 1})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     call("experiments", "report", "--folder", tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| beta 0.01 | 0.535 ± 0.064 | +0.000 ± 0.000 | 0.25 | 16 | 1 | 2 |" in text
     assert "| KL 0.05 | 3 | 0.530 (step 0) | 0.530 (step 20) | 5.40, 5.40 |" in text
-    assert re.search(r"\| T 4 \| .e-4 (\| 0.535 ± 0.064 ){3}\| - \| 0.400 \| 0.700 \| 2 \|", text)
+    assert re.search(r"\| T 4 \| .e-4 (\| 0.535 ± 0.064 ){4}\| \+0.000 ± 0.000 \| - \| 0.400 "
+                     r"\| 0.700 \| 2 \|", text)
+    assert "| T 4 | 0.530 (1) | - | - | - |" in text
     assert Image.open(tmp_path / "kl.png").size[0] == 780
-    assert Image.open(tmp_path / "work.png").size[0] == 900
+    assert Image.open(tmp_path / "work.png").size[0] == 1100
     assert Image.open(tmp_path / "long.png").size[0] == 900
 
 
@@ -136,7 +140,7 @@ def test_the_work_of_a_run():
     row = {"eval": [{"step": 0, "overall": 0.5}, {"step": 30, "overall": 0.81}]}
     assert experiments.scores_at(5, "T 4", [row]) == pytest.approx([0.655])
     arms = {"T 4": [row | {"drawn_with": {"6": 0.4, "20": 0.7}}]}
-    assert "| 0.810 | 9.7 | 0.400 |" in experiments.work_table(arms)
+    assert "| 0.810 | 0.810 | - | 9.7 | 0.400 |" in experiments.work_table(arms, (5, 10, 20, 30))
 
 
 def test_scores_by_iterations(call, monkeypatch, tmp_path):

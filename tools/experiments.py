@@ -43,9 +43,9 @@ DEFAULT = dict(
     eval_reward="geneval:official,geneval:exact:0,clip:shapes/clip:0", steps=20,
     prompts_per_step=8, group_size=8, unmask_steps=12, no_kl=True, filter_low=True,
     transition="p2", ratio="sum", lr="8e-4", eval_every=20, save_every=0)
-SEEDS = {"long": (3, 4), "lr": (1,), "work": (3, 4, 5)}       # of the others 3 to 7
-DRAWN_WITH = {"work": (6, 20)}              # T of two more evaluations at the end of a run
-WORKS = (5, 10, 20)                         # at which the table of "work" has the score
+SEEDS = {"long": (3, 4), "lr": (1, 2), "work": (3, 4, 5)}    # of the others 3 to 7
+DRAWN_WITH = {"work": (6, 20), "work30": (6, 20)}    # T of two more evaluations at a run's end
+WORKS = {"work": (5, 10, 20), "work30": (5, 10, 20, 30)}     # at which their tables have scores
 
 # of the log, over steps
 MEANS = ("adv_zero", "resampled", "grad_norm", "kl_ref", "taken")
@@ -62,7 +62,9 @@ COLUMNS = {
     "filter": (EXACT, CLIP, "resampled", "adv_zero"),
     "reduction": (EXACT, CLIP),
     "reward": (EXACT, CLIP, *FAMILIES),
+    "weight": (EXACT, CLIP, *FAMILIES),
     "long": (EXACT, CLIP, *FAMILIES),
+    "longer": (EXACT, CLIP, *FAMILIES),
 }
 
 
@@ -115,10 +117,23 @@ WORK = {
 CHOSEN = {"T 12": "8e-4", "T 8": "8e-4", "T 6": "8e-4", "T 4": "8e-4", "T 3": "5e-4",   # by "lr"
           "T 12, loss on 6": "5e-4", "T 12, loss on 3": "3e-4",
           "T 4, 64 pictures": "5e-4", "T 4, 256 pictures": "5e-4"}
-EXPERIMENTS["lr"] = {f"{label}, {lr}": to_work(10, arm | dict(lr=lr, eval_n=4), every=10)
-                     for label, arm in WORK.items() for lr in ("3e-4", "5e-4", "8e-4")}
+RATES = {label: {lr: to_work(10, arm | dict(lr=lr, eval_n=4), every=10)
+                 for lr in ("3e-4", "5e-4", "8e-4", "1.2e-3")} for label, arm in WORK.items()}
+EXPERIMENTS["lr"] = {f"{label}, {lr}": arm for label, arms in RATES.items()
+                     for lr, arm in arms.items()}
 EXPERIMENTS["work"] = {label: to_work(20, arm | dict(lr=CHOSEN[label]), every=5)
                        for label, arm in WORK.items()}
+EXPERIMENTS["work30"] = {label: to_work(30, WORK[label] | dict(lr=CHOSEN[label]), every=5)
+                         for label in ("T 12", "T 4")}
+
+# CLIP's values spread ten times as wide as those of the rule, which are 0 and 1
+RULE = {weight: dict(reward=f"clip:shapes/clip,geneval:exact:{weight}") for weight in (1, 10, 30)}
+MANY, FEW = EXPERIMENTS["work30"].values()
+EXPERIMENTS["weight"] = {
+    "T 4, clip": FEW, **{f"T 4, rule x {weight}": FEW | arm for weight, arm in RULE.items()},
+    "T 4, rule alone": FEW | dict(reward=EXACT), "T 12, rule alone": MANY | dict(reward=EXACT)}
+EXPERIMENTS["longer"] = {"T 4, rule x 10, lr 3e-4": T4 | RULE[10] | dict(
+    steps=240, eval_every=60, lr="3e-4")}
 
 
 def flags_of(arm):
@@ -333,38 +348,56 @@ def best_table(arms):
 def scores_at(work, label, rows):
     """Return the scores of an arm's runs after some work, between two evaluations on the line from
     one to the other."""
-    step = work_of(EXPERIMENTS["work"][label])
+    step = work_of(WORK[label])
     return [float(numpy.interp(work, [e["step"] * step for e in row["eval"]],
                                [e["overall"] for e in row["eval"]])) for row in rows]
 
 
-def work_table(arms):
-    """Return a Markdown table of scores after some work, and of the work to a mean of 0.80."""
-    lines = [["arm", "lr", *(f"work {work}" for work in WORKS), "work to 0.80",
+def rates_table(there):
+    """Return a Markdown table of the scores of the learning rates, the mean of their seeds."""
+    rates = list(next(iter(RATES.values())))
+    lines = [["arm", *(f"lr {lr}" for lr in rates)]]
+    for label, arms in RATES.items():
+        scores = [last_scores([there[key] for seed in seeds_of("lr")
+                               if (key := (flags_of(arm), seed)) in there])
+                  for arm in arms.values()]
+        lines.append([label, *(f"{statistics.fmean(found):.3f} ({len(found)})" if found else "-"
+                               for found in scores)])
+    return markdown(lines)
+
+
+def work_table(arms, works):
+    """Return a Markdown table of scores after some work, of leads at its end over the first arm,
+    and of the work to a mean of 0.80."""
+    lines = [["arm", "lr", *(f"work {work}" for work in works), "lead", "work to 0.80",
               *(f"drawn with T {T}" for T in DRAWN_WITH["work"]), "seeds"]]
+    first = next(iter(arms.values()))
     for label, rows in arms.items():
         cells = ["{:.3f} ± {:.3f}".format(*interval(scores_at(work, label, rows)))
-                 for work in WORKS]
+                 for work in works]
         cells = [cell.removesuffix(" ± nan") for cell in cells]         # of one seed
-        reached = [work for work in numpy.arange(0, WORKS[-1], 0.1)
+        reached = [work for work in numpy.arange(0, works[-1], 0.1)
                    if statistics.fmean(scores_at(work, label, rows)) >= 0.8]
         drawn = [statistics.fmean(row["drawn_with"][str(T)] for row in rows)
                  for T in DRAWN_WITH["work"]]
-        lines.append([label, CHOSEN[label], *cells, f"{reached[0]:.1f}" if reached else "-",
+        ahead = None if rows is first else lead(rows, first)
+        lines.append([label, CHOSEN[label], *cells,
+                      f"{ahead[0]:+.3f} ± {ahead[1]:.3f}" if ahead else "-",
+                      f"{reached[0]:.1f}" if reached else "-",
                       *(f"{score:.3f}" for score in drawn), len(rows)])
     return markdown(lines)
 
 
-def plot_work(arms, path):
-    """Draw the mean score of each arm over the work, and the range of its seeds."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    works = numpy.arange(0, WORKS[-1] + 0.1, 0.5)
-    groups = [[label for label in arms if "," not in label],
-              [label for label in arms if "," in label or label in ("T 12", "T 4")]]
-    for axes, labels in zip(figure.subplots(1, 2, sharey=True), groups, strict=True):
-        for label in labels:
-            scores = numpy.array([scores_at(work, label, arms[label]) for work in works])
-            colour = f"C{list(arms).index(label)}"
+def plot_work(panels, path):
+    """Draw, on each panel, the mean score of its arms over the work, and the range of their seeds.
+    panels: [(work of the last evaluation, {label: rows of its seeds})]."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (last, arms) in zip(figure.subplots(1, len(panels), sharey=True), panels,
+                                  strict=True):
+        works = numpy.arange(0, last + 0.1, 0.5)
+        for label, rows in arms.items():
+            scores = numpy.array([scores_at(work, label, rows) for work in works])
+            colour = f"C{list(WORK).index(label)}"
             axes.plot(works, scores.mean(1), label=label, color=colour)
             axes.fill_between(works, scores.min(1), scores.max(1), alpha=0.12, color=colour)
         axes.set(xlabel="work", ylim=(0.5, 0.9))
@@ -391,7 +424,8 @@ def look_table(rows):
 def report(args):
     """Put tables and plots into notes.md where it says [table NAME] -> folder/README.md."""
     there, folder = runs_in(args.folder), args.folder
-    blocks = dict.fromkeys(("look", "ceiling", "best", "work", "iterations"), "no numbers yet")
+    blocks = dict.fromkeys(("look", "ceiling", "best", "work", "work30", "iterations"),
+                           "no numbers yet")
     if (folder / "p1.json").exists():
         blocks["look"] = look_table(json.loads((folder / "p1.json").read_text()))
     if (folder / "ceiling.json").exists():
@@ -401,14 +435,19 @@ def report(args):
     if (folder / "iterations.json").exists():
         blocks["iterations"] = iterations_table(json.loads((folder /
                                                             "iterations.json").read_text()))
-    if arms := found_arms("work", there):
-        plot_work(arms, folder / "work.png")
-        blocks["work"] = f"{work_table(arms)}\n\n![work](work.png)"
+    blocks["rates"] = rates_table(there)
+    arms, longer = found_arms("work", there), found_arms("work30", there)
+    if arms and longer:
+        few = {label: rows for label, rows in arms.items() if "," not in label}
+        others = {label: arms[label] for label in arms if label not in few or label in longer}
+        plot_work([(20, few), (20, others), (30, longer)], folder / "work.png")
+        blocks["work"] = f"{work_table(arms, WORKS['work'])}\n\n![work](work.png)"
+        blocks["work30"] = work_table(longer, WORKS["work30"])
     for name, columns in COLUMNS.items():
         arms = found_arms(name, there)
         blocks[name] = "no runs yet"
         if arms:
-            (plot_curves if name == "long" else plot)(arms, folder / f"{name}.png")
+            (plot_curves if name.startswith("long") else plot)(arms, folder / f"{name}.png")
             blocks[name] = f"{table(columns, arms)}\n\n![{name}]({name}.png)"
     if arms := found_arms("long", there):
         blocks["best"] = best_table(arms)
