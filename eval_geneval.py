@@ -71,13 +71,13 @@ def report(out, rows, facts):
     shares = geneval.shares((row["tag"], row["metadata"], row["correct"]) for row in rows)
     intervals = {tag: [round(mean + z * error, 5) for z in (-1.96, 1.96)]
                  for tag, (mean, error) in shares.items()}
+    print(text, *(f"{tag:<16} {mean:.3f} [{intervals[tag][0]:.3f}, {intervals[tag][1]:.3f}]"
+                  for tag, (mean, _) in shares.items()), sep="\n")
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (out / "summary.txt").write_text(text)
     write_json(out / "summary.json", {
         **{tag: round(mean, 5) for tag, (mean, _) in shares.items()}, "images": len(rows), **facts,
         "interval95": intervals})
-    print(text, *(f"{tag:<16} {mean:.3f} [{intervals[tag][0]:.3f}, {intervals[tag][1]:.3f}]"
-                  for tag, (mean, _) in shares.items()), sep="\n")
 
 
 def main():
@@ -111,7 +111,7 @@ def main():
     geneval.check_metadata(examples, *((world.CLASSES, world.COLOURS) if tiny else ()))
     dtype = processes.choose_dtype(args.dtype, device)
     if not args.score_only:
-        pictures.claim_folder(out, pictures.drawn_with(args, examples, dtype))
+        _lock = pictures.claim_folder(out, pictures.drawn_with(args, examples, dtype))
     # before the drawing, so that its faults show at once
     if not args.images_only:
         detect = world.detect if tiny else geneval.Detector(args.detector, device)

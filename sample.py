@@ -289,7 +289,7 @@ def main():
     if is_picture and rank > 0:
         return
     if not is_picture:
-        pictures.claim_folder(args.out, pictures.drawn_with(args, examples, dtype))
+        _lock = pictures.claim_folder(args.out, pictures.drawn_with(args, examples, dtype))
 
     draw = drawer(args, device, dtype, [e["prompt"] for e in examples])
     if is_picture:

@@ -455,7 +455,7 @@ def bits(showo):
                for p in showo.parameters())
 
 
-def settings_of(args, examples, reward, eval_reward, trainer) -> dict:
+def settings_of(args, examples, reward, held_out, eval_reward, trainer) -> dict:
     """Return what a run depends on: its flags, without the passwords of URLs, and what they name:
     its prompts and weights."""
     # a resumed run needs the base for adapters and for the KL only; it may be gone
@@ -465,6 +465,7 @@ def settings_of(args, examples, reward, eval_reward, trainer) -> dict:
         base = fingerprint(args.ckpt or args.model)
     return {**vars(args), "reward": reward.spec, "eval_reward": eval_reward.spec,
             "number of processes": processes.world(), "texts of the prompts": digest(examples),
+            "texts of the evaluation's prompts": digest(held_out),
             "weights of the base": base}
 
 
@@ -499,7 +500,9 @@ def in_vain(bad_steps, row, reward, out):
     """Return the line that ends a run, if its last bad_steps steps were not taken and a judge gave
     no score in a form that is read, or they are 20. row: of metrics.jsonl, of the last one."""
     no_score = bad_steps > 0 and math.isnan(row["reward_mean"])
-    if no_score and (unread := getattr(reward, "unread", "")):
+    unread = all_lists([getattr(reward, "unread", "")]) if no_score else []     # each process's
+    if any(unread):
+        unread = next(filter(None, unread))
         return f"no picture of the step has a score. A judge's answer that was not read: {unread!r}"
     if bad_steps < 20:
         return None
@@ -518,9 +521,9 @@ def main():
     examples, reward, held_out, eval_reward = load_task(args, device)
     showo, magvit, reference, optimizer = load_policy(args, device, folder, trainer)
     sample_filter = SampleFilter(warmup=48)         # three steps of 16 prompts
-    settings = settings_of(args, examples, reward, eval_reward, trainer)
+    settings = settings_of(args, examples, reward, held_out, eval_reward, trainer)
     processes.demand_equal(flags={k: v for k, v in settings.items() if k not in run.FREE},
-                           prompts=digest(held_out), weights=bits(showo))
+                           weights=bits(showo))
 
     start, evaluated = run.begin(out, trainer, sample_filter)
     log, stop = run.Log(out, settings, start), run.StopSignal()

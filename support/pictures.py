@@ -11,7 +11,8 @@ import numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from support.processes import all_lists, barrier, rank
+from support.processes import all_lists, barrier, rank, together
+from support.run import lock_folder
 from support.weights import digest, fingerprint, image_tokenizer, read_json, write_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -73,16 +74,22 @@ def drawn_with(args, examples, dtype) -> dict:
         return f"{name} ({content})"
     weights, vq = args.ckpt or args.model, args.vq or image_tokenizer(args.model)
     return {"weights": named(weights, fingerprint(weights)), "vq": named(vq, fingerprint(vq)),
-            "prompts": named(f"{len(examples)} prompts", digest([e["prompt"] for e in examples])),
+            "prompts": named_prompts([e["prompt"] for e in examples]),
             "n": args.n, "T": args.T,
             "guidance": args.guidance, "temperature": args.temperature, "seed": args.seed,
             "dtype": str(dtype).removeprefix("torch.")}
 
 
+def named_prompts(prompts) -> str:
+    return f"{len(prompts)} prompts ({digest(prompts)})"
+
+
 def claim_folder(out, facts):
-    """Record in OUT/drawn.json what draws a folder's pictures. SystemExit if the pictures that are
-    already there were drawn by something else: they would pass for new ones."""
-    path = out / "drawn.json"
+    """Record in OUT/drawn.json what draws a folder's pictures, and return a lock of the folder.
+    SystemExit if the pictures that are already there were drawn by something else, or another
+    command draws there: its pictures would pass for new ones."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock, path = together(lambda: lock_folder(out) if rank() == 0 else None), out / "drawn.json"
     drawn = any(p.suffix.lower() in SUFFIXES for p in out.rglob("*"))
     before = read_json(path) if drawn else {}
     if drawn and not before:
@@ -95,10 +102,8 @@ def claim_folder(out, facts):
                          "another folder")
     barrier()       # all have looked before one writes
     if not before:
-        out.mkdir(parents=True, exist_ok=True)
-        part = out / f".drawn-{rank()}.json"
-        write_json(part, facts)
-        part.replace(path)
+        write_json(path, facts)
+    return lock
 
 
 def draw_missing(files, examples, draw, batch) -> int:
@@ -124,7 +129,7 @@ def draw_missing(files, examples, draw, batch) -> int:
 def find_pictures(folder, prompts) -> list[list[Path]]:
     """Match the pictures under a folder with prompts, the same number each. Tried in this order:
     the file name begins with the prompt; some number in the name takes one value per prompt; sorted
-    order."""
+    order. SystemExit if drawn.json has other prompts, or more pictures of each."""
     found = {p: str(p.relative_to(folder)) for p in folder.rglob("*")
              if p.suffix.lower() in SUFFIXES and p.stem != "grid"}
     paths = [p for p, name in found.items() if not re.search(r"(^|[/\\])\.", name)]     # hidden
@@ -132,6 +137,10 @@ def find_pictures(folder, prompts) -> list[list[Path]]:
     n = len(paths) // len(prompts)
     if not paths or n * len(prompts) != len(paths):
         raise SystemExit(f"--images: {len(paths)} pictures for {len(prompts)} prompts, uneven")
+    drawn = read_json(folder / "drawn.json")
+    if drawn and (drawn["prompts"], drawn["n"]) != (named_prompts(prompts), n):
+        raise SystemExit(f"--images {folder}: was drawn from {drawn['prompts']}, {drawn['n']} "
+                         f"pictures each, not from {named_prompts(prompts)}, {n} each")
     lengths, known = sorted(set(map(len, prompts)), reverse=True), set(prompts)
     named = [next((s[:k] for k in lengths for s in (p.name, found[p]) if s[:k] in known), None)
              for p in paths]

@@ -8,6 +8,7 @@
 Folders and files are written under a temporary name and then renamed, so that whatever has its name
 is complete.
 """
+import contextlib
 import json
 import math
 import os
@@ -68,7 +69,7 @@ def choose_folder(args):
     out = Path(args.out or (resumed.parent if resumed else Path("runs") / new))
     if resumed and checkpoints(resumed):        # a run's folder: its newest
         resumed, out = checkpoints(resumed)[-1], Path(args.out or resumed)
-    if resumed and not (resumed / "trainer.pt").exists():
+    elif resumed and not (resumed / "trainer.pt").exists():
         raise SystemExit(f"--resume: there is no checkpoint in {resumed}")
     try:
         out.mkdir(parents=True, exist_ok=bool(args.out or resumed))
@@ -82,11 +83,14 @@ def choose_folder(args):
 
     own = resumed and resumed.resolve().parent == out.resolve()
     if holds_a_run and not (own or args.resume == "auto"):
-        raise SystemExit(f"--out {out}: holds another run; choose another, or add --resume")
+        raise SystemExit(f"--out {out}: holds another run; choose another folder, or go on with "
+                         f"--resume --out {out}")
     if args.resume == "auto":
         resumed = (checkpoints(out) or [None])[-1]
         if not resumed:
             print(f"--resume: there is no checkpoint in {out}, the run begins anew", flush=True)
+    if resumed and not (resumed / "trainer.pt").exists():
+        raise SystemExit(f"--resume: {resumed} has no trainer.pt; go on from an older checkpoint")
     return out, resumed, lock
 
 
@@ -216,11 +220,15 @@ class StopSignal:
     def handle(self, number, frame):
         if self.number and time.monotonic() - self.since > 1 and not self.saving:
             os._exit(128 + number)
-        if not self.number:
+        first = not self.number
+        if first:
             self.number, self.since = number, time.monotonic()
         if self.inside:
             self.inside = False
             raise SystemExit(128 + self.number)
+        if first and rank() == 0 and not self.saving:
+            with contextlib.suppress(OSError):      # no print(): a handler may interrupt another
+                os.write(2, b"the run ends after this update; a second signal ends it at once\n")
 
     def check(self):
         """End the run in all processes, if one of them was asked to."""
@@ -259,9 +267,11 @@ class Log:
             self.known["id"] = self.wandb.id
 
     def say(self, text):
-        if self.on:
-            tqdm.write(text)
-            sys.stdout.flush()
+        """Print a line, if anyone reads it: `tee` or a terminal may end before the run does."""
+        with contextlib.suppress(OSError):
+            if self.on:
+                tqdm.write(text)
+                sys.stdout.flush()
 
     def row(self, name, row):
         """Append a row to OUT/NAME.jsonl; what is not finite becomes null."""
@@ -282,7 +292,8 @@ class Log:
     def step(self, row):
         """Log the numbers of a training step."""
         self.row("metrics", row)
-        self.bar.update()
+        with contextlib.suppress(OSError):
+            self.bar.update()
         why = "no score" if math.isnan(row["reward_mean"]) else "not finite"
         self.say(f"{row['step']:5d}/{self.steps} | reward {row['reward_mean']:.3f} zero-adv "
                  f"{row['adv_zero']:.2f} ratio {row['ratio_mean']:.3f} kl {row['approx_kl']:.1e} "

@@ -163,7 +163,9 @@ def write_model(folder, name, state, **configs):
 
 
 def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)
 
 
 def read_json(path) -> dict:

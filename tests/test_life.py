@@ -19,6 +19,7 @@ from helpers import ROOT, TINY, call, metrics, read_lines, refused, run, torchru
 from PIL import Image
 
 import eval_geneval
+import reward
 import sample
 import support.run
 import train
@@ -240,6 +241,32 @@ def test_twenty_steps_in_vain_end_with_what_fits(failing, not_taken, capsys, no_
     assert no_score or capsys.readouterr().out.count("NOT TAKEN: not finite") == 20
 
 
+def test_a_reader_that_ends_before_the_run_loses_no_step(monkeypatch):
+    """As `| tee`, when Ctrl-C ends both, or a terminal that is closed."""
+    def write(text):
+        raise BrokenPipeError
+    calls, plain = [], train.update
+
+    def update(*args):
+        calls.append(0)
+        if len(calls) == 2:
+            monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=write))
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args)
+    monkeypatch.setattr(train, "update", update)
+    with pytest.raises(SystemExit):
+        call("--steps", 4, "--save-every", 0, "--out", "run")
+    assert [folder.name for folder in support.run.checkpoints("run")] == ["checkpoint-2"]
+    assert len(metrics(Path("run"))) == 2
+
+
+def test_a_judge_s_answer_that_one_process_could_not_read_ends_all(monkeypatch):
+    monkeypatch.setattr(train, "all_lists", lambda mine: [*mine, "no idea"])
+    read = SimpleNamespace(unread="")
+    assert "'no idea'" in train.in_vain(1, {"reward_mean": float("nan")}, read, "out")
+    assert train.in_vain(1, {"reward_mean": 1.0}, read, "out") is None
+
+
 def test_a_stop_does_not_evaluate_and_the_resumed_run_does(monkeypatch):
     plain, flags = train.update, ("--eval-every", 2, "--steps", 4, "--save-every", 0,
                                   "--eval-prompts", "few.jsonl")
@@ -396,7 +423,7 @@ def test_files_are_replaced_as_windows_demands(monkeypatch):
     call("--out", "run", "--keep-last", 1)
     call("--out", "run", "--resume", "--steps", 3, "--keep-last", 1)
     run(sample, *SAMPLE, "--out", "drawn")
-    assert len(metrics(Path("run"))) == 3 and len(files_of("drawn")) == 7
+    assert len(metrics(Path("run"))) == 3 and len(files_of("drawn")) == 8
 
 
 def finish(*started):
@@ -507,6 +534,24 @@ def test_before_and_after_are_of_this_run_and_only_two_grids_are_opened(monkeypa
     call(*flags, "--steps", 2, "--resume", "run/checkpoint-2")
     grids = sorted(path.name for path in Path("run/samples").iterdir())
     assert grids == ["before_after.png", *(f"step-00000{i}.png" for i in range(3))]
+
+
+def test_two_commands_at_once_do_not_draw_into_one_folder():
+    Path("out").mkdir()
+    lock = support.run.lock_folder(Path("out"))
+    for script, flags in ((eval_geneval, GENEVAL), (sample, SAMPLE)):
+        assert "another run is in it" in refused(script, *flags, "--out", "out")
+    lock.release()
+    run(sample, *SAMPLE, "--out", "out")
+
+
+def test_pictures_are_scored_by_the_prompts_that_they_were_drawn_from():
+    run(sample, *SAMPLE, "--out", "drawn")
+    score = ("--reward", f"clip:{ROOT}/shapes/clip", "--images", "drawn", "--prompts")
+    assert "was drawn from 3 prompts" in refused(reward, *score, "other.jsonl")
+    for path in list(Path("drawn").glob("*-01.png"))[:3]:
+        path.unlink()       # one of two, of each prompt
+    assert re.search("2 pictures each, not .*, 1 each", refused(reward, *score, "few.jsonl"))
 
 
 def test_a_command_that_drew_nothing_does_not_claim_the_folder():

@@ -124,7 +124,7 @@ def test_what_a_resume_must_not_change(straight, tmp_path):
         with pytest.raises(SystemExit, match=line):
             call(*FOUR, "--out", run, "--resume", *flags)
     for flags, line in ((["--resume", run / "checkpoint-7"], "--resume: there is no .*-7"),
-                        (["--out", run], "holds another run; choose another, or add --resume")):
+                        (["--out", run], "holds another run; choose another folder, or go")):
         with pytest.raises(SystemExit, match=line):
             call(*flags)
     assert [p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()] == before
