@@ -126,7 +126,7 @@ EXPERIMENTS["work"] = {label: to_work(20, arm | dict(lr=CHOSEN[label]), every=5)
 EXPERIMENTS["work30"] = {label: to_work(30, WORK[label] | dict(lr=CHOSEN[label]), every=5)
                          for label in ("T 12", "T 4")}
 
-# CLIP's values spread ten times as wide as those of the rule, which are 0 and 1
+# of an advantage the rule has the share weight / (1 + weight)
 RULE = {weight: dict(reward=f"clip:shapes/clip,geneval:exact:{weight}") for weight in (1, 10, 30)}
 MANY, FEW = EXPERIMENTS["work30"].values()
 EXPERIMENTS["weight"] = {
