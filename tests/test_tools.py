@@ -160,7 +160,7 @@ def test_intervals_and_leads_are_those_of_a_known_table():
     assert lines[0] == "| arm | overall | lead over the first | exact | seeds |"
     assert lines[2] == "| a | 0.700 ± 1.271 | - | 0.35 | 2 |"
     assert lines[3] == "| b | 0.800 ± 1.271 | +0.100 ± 0.000 | 0.4 | 2 |"
-    assert lines[4] == "| c | 0.400 ± nan | - | 0.2 | 1 |"
+    assert lines[4] == "| c | 0.400 | - | 0.2 | 1 |"
 
 
 def test_the_look_and_the_ceiling_are_written(tmp_path):

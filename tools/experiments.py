@@ -235,6 +235,11 @@ def interval(values):
     return mean, STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def written(mean, width, sign=""):
+    """Return "mean ± width"; of one seed, the mean."""
+    return f"{mean:{sign}.3f}" + ("" if math.isnan(width) else f" ± {width:.3f}")
+
+
 def last_scores(rows):
     """Return the overall scores of some runs at their last evaluations."""
     return [row["eval"][-1]["overall"] for row in rows]
@@ -255,11 +260,10 @@ def table(columns, arms):
               "seeds"]]
     first = next(iter(arms.values()))
     for label, rows in arms.items():
-        mean, width = interval(last_scores(rows))
         ahead = None if rows is first else lead(rows, first)
         means = [statistics.fmean((row | row["eval"][-1])[key] for row in rows) for key in columns]
-        lines.append([label, f"{mean:.3f} ± {width:.3f}",
-                      f"{ahead[0]:+.3f} ± {ahead[1]:.3f}" if ahead else "-",
+        lines.append([label, written(*interval(last_scores(rows))),
+                      written(*ahead, "+") if ahead else "-",
                       *(f"{value:.3g}" for value in means), len(rows)])
     return markdown(lines)
 
@@ -373,16 +377,13 @@ def work_table(arms, works):
               *(f"drawn with T {T}" for T in DRAWN_WITH["work"]), "seeds"]]
     first = next(iter(arms.values()))
     for label, rows in arms.items():
-        cells = ["{:.3f} ± {:.3f}".format(*interval(scores_at(work, label, rows)))
-                 for work in works]
-        cells = [cell.removesuffix(" ± nan") for cell in cells]         # of one seed
+        cells = [written(*interval(scores_at(work, label, rows))) for work in works]
         reached = [work for work in numpy.arange(0, works[-1], 0.1)
                    if statistics.fmean(scores_at(work, label, rows)) >= 0.8]
         drawn = [statistics.fmean(row["drawn_with"][str(T)] for row in rows)
                  for T in DRAWN_WITH["work"]]
         ahead = None if rows is first else lead(rows, first)
-        lines.append([label, CHOSEN[label], *cells,
-                      f"{ahead[0]:+.3f} ± {ahead[1]:.3f}" if ahead else "-",
+        lines.append([label, CHOSEN[label], *cells, written(*ahead, "+") if ahead else "-",
                       f"{reached[0]:.1f}" if reached else "-",
                       *(f"{score:.3f}" for score in drawn), len(rows)])
     return markdown(lines)
