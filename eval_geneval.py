@@ -71,13 +71,15 @@ def report(out, rows, facts):
     shares = geneval.shares((row["tag"], row["metadata"], row["correct"]) for row in rows)
     intervals = {tag: [round(mean + z * error, 5) for z in (-1.96, 1.96)]
                  for tag, (mean, error) in shares.items()}
-    print(text, *(f"{tag:<16} {mean:.3f} [{intervals[tag][0]:.3f}, {intervals[tag][1]:.3f}]"
-                  for tag, (mean, _) in shares.items()), sep="\n")
-    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "summary.txt").write_text(text)
-    write_json(out / "summary.json", {
-        **{tag: round(mean, 5) for tag, (mean, _) in shares.items()}, "images": len(rows), **facts,
-        "interval95": intervals})
+    try:
+        (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / "summary.txt").write_text(text)
+        write_json(out / "summary.json", {
+            **{tag: round(mean, 5) for tag, (mean, _) in shares.items()}, "images": len(rows),
+            **facts, "interval95": intervals})
+    finally:        # also if they cannot be written
+        print(text, *(f"{tag:<16} {mean:.3f} [{intervals[tag][0]:.3f}, {intervals[tag][1]:.3f}]"
+                      for tag, (mean, _) in shares.items()), sep="\n")
 
 
 def main():

@@ -522,8 +522,8 @@ def main():
     showo, magvit, reference, optimizer = load_policy(args, device, folder, trainer)
     sample_filter = SampleFilter(warmup=48)         # three steps of 16 prompts
     settings = settings_of(args, examples, reward, held_out, eval_reward, trainer)
-    processes.demand_equal(flags={k: v for k, v in settings.items() if k not in run.FREE},
-                           weights=bits(showo))
+    facts = {k: v for k, v in settings.items() if k not in run.FREE}
+    processes.demand_equal(**{"flags or prompts": facts}, weights=bits(showo))
 
     start, evaluated = run.begin(out, trainer, sample_filter)
     log, stop = run.Log(out, settings, start), run.StopSignal()

@@ -36,7 +36,7 @@ def check_metadata(examples, classes=CLASSES, colours=COLOURS):
     """End the program with a line unless each example has metadata, of classes and colours that the
     detector knows; with an unknown one the reward would be 0 for ever."""
     for example in examples:
-        for clause in [*(example.get("include") or [{}]), *example.get("exclude", [])]:
+        for clause in [*(example.get("include") or [{}]), *(example.get("exclude") or [])]:
             if not ("tag" in example and clause.get("class") in classes and "count" in clause
                     and clause.get("color") in (None, *colours)
                     and clause.get("position", RELATIONS)[0] in RELATIONS):

@@ -85,16 +85,18 @@ def named_prompts(prompts) -> str:
 
 
 def claim_folder(out, facts):
-    """Record in OUT/drawn.json what draws a folder's pictures, and return a lock of the folder.
-    SystemExit if the pictures that are already there were drawn by something else, or another
-    command draws there: its pictures would pass for new ones."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock, path = together(lambda: lock_folder(out) if rank() == 0 else None), out / "drawn.json"
-    drawn = any(p.suffix.lower() in SUFFIXES for p in out.rglob("*"))
-    before = read_json(path) if drawn else {}
-    if drawn and not before:
+    """Record in OUT/drawn.json what draws a folder's pictures, and return process 0's lock of the
+    folder. SystemExit if the pictures that are already there were drawn by something else, or
+    another command draws there: its pictures would pass for new ones."""
+    def drawn():
+        return any(p.suffix.lower() in SUFFIXES for p in out.rglob("*"))
+    path = out / "drawn.json"
+    if drawn() and not path.exists():
         raise SystemExit(f"--out {out}: holds pictures, but no drawn.json that says what drew "
                          "them; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = together(lambda: lock_folder(out) if rank() == 0 else None)
+    before = read_json(path) if drawn() else {}
     other = [f"{name} {before.get(name)}, not {value}" for name, value in facts.items()
              if str(before.get(name)).split(" (")[-1] != str(value).split(" (")[-1]]
     if before and other:
@@ -102,7 +104,9 @@ def claim_folder(out, facts):
                          "another folder")
     barrier()       # all have looked before one writes
     if not before:
-        write_json(path, facts)
+        part = out / f".drawn-{rank()}.json"        # machines may share the folder
+        write_json(part, facts)
+        part.replace(path)
     return lock
 
 
@@ -123,13 +127,14 @@ def draw_missing(files, examples, draw, batch) -> int:
         for path, picture in zip((p for i in numbers for p in files[i]), pictures, strict=True):
             to_pil(picture).save(path.with_suffix(".part"), "PNG")
             path.with_suffix(".part").replace(path)
+    barrier()       # process 0 has the lock
     return n_todo
 
 
 def find_pictures(folder, prompts) -> list[list[Path]]:
     """Match the pictures under a folder with prompts, the same number each. Tried in this order:
     the file name begins with the prompt; some number in the name takes one value per prompt; sorted
-    order. SystemExit if drawn.json has other prompts, or more pictures of each."""
+    order. SystemExit if drawn.json has other prompts, or another number of pictures of each."""
     found = {p: str(p.relative_to(folder)) for p in folder.rglob("*")
              if p.suffix.lower() in SUFFIXES and p.stem != "grid"}
     paths = [p for p, name in found.items() if not re.search(r"(^|[/\\])\.", name)]     # hidden
@@ -138,9 +143,10 @@ def find_pictures(folder, prompts) -> list[list[Path]]:
     if not paths or n * len(prompts) != len(paths):
         raise SystemExit(f"--images: {len(paths)} pictures for {len(prompts)} prompts, uneven")
     drawn = read_json(folder / "drawn.json")
-    if drawn and (drawn["prompts"], drawn["n"]) != (named_prompts(prompts), n):
-        raise SystemExit(f"--images {folder}: was drawn from {drawn['prompts']}, {drawn['n']} "
-                         f"pictures each, not from {named_prompts(prompts)}, {n} each")
+    if drawn and (drawn.get("prompts"), drawn.get("n")) != (named_prompts(prompts), n):
+        raise SystemExit(f"--images {folder}: was drawn from {drawn.get('prompts')}, "
+                         f"{drawn.get('n')} pictures each, not from {named_prompts(prompts)}, {n} "
+                         "each; to score it by other texts, copy its pictures without drawn.json")
     lengths, known = sorted(set(map(len, prompts)), reverse=True), set(prompts)
     named = [next((s[:k] for k in lengths for s in (p.name, found[p]) if s[:k] in known), None)
              for p in paths]

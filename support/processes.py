@@ -1,4 +1,5 @@
 """The device, torchrun's processes and what they exchange, and one plain line when one fails."""
+import contextlib
 import datetime
 import errno
 import os
@@ -46,15 +47,24 @@ def run(main, less_memory="a smaller --batch"):
             first = STORE.add("failed", 1) == 1 if STORE else number == "0"
         except RuntimeError:        # the store went with the process that failed first
             first = False
-        if first and not isinstance(message, int):
-            print(message or traceback.format_exc(), file=sys.stderr)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            if first and not isinstance(message, int):
+                print(message or traceback.format_exc(), file=sys.stderr)
+        flush()
         # threads of a process group can abort an exit in the usual order
         os._exit(message if isinstance(message, int) else 1)
+    flush()
     if dist.is_initialized():
         dist.destroy_process_group()
-        sys.stdout.flush()
         os._exit(0)
+
+
+def flush():
+    """Write out what was printed, if anyone still reads it."""
+    try:
+        sys.stdout.flush()
+    except OSError:     # else Python would try once more when it ends, and end with an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def setup(device=None):

@@ -166,8 +166,9 @@ def save(out, step, showo, optimizer, sample_filter, settings, stop):
     calls it, and waits until the checkpoint is whole. A signal during the save is obeyed
     afterwards. Weights that are not finite are not saved."""
     if not all(bool(p.isfinite().all()) for p in showo.parameters()):
-        if rank() == 0:
-            print(f"step {step}: the weights are not finite and were not saved", flush=True)
+        with contextlib.suppress(OSError):
+            if rank() == 0:
+                print(f"step {step}: the weights are not finite and were not saved", flush=True)
         return
     before, stop.saving = stop.saving, True
     if settings["zero"]:
@@ -228,7 +229,8 @@ class StopSignal:
             raise SystemExit(128 + self.number)
         if first and rank() == 0 and not self.saving:
             with contextlib.suppress(OSError):      # no print(): a handler may interrupt another
-                os.write(2, b"the run ends after this update; a second signal ends it at once\n")
+                os.write(2, b"\nthe run saves and ends after this update; a second signal ends it "
+                            b"at once, unsaved\n")
 
     def check(self):
         """End the run in all processes, if one of them was asked to."""

@@ -163,7 +163,7 @@ def write_model(folder, name, state, **configs):
 
 
 def write_json(path, content):
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=2) + "\n")
     part.replace(path)
 

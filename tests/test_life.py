@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -258,6 +259,15 @@ def test_a_reader_that_ends_before_the_run_loses_no_step(monkeypatch):
         call("--steps", 4, "--save-every", 0, "--out", "run")
     assert [folder.name for folder in support.run.checkpoints("run")] == ["checkpoint-2"]
     assert len(metrics(Path("run"))) == 2
+
+
+def test_a_program_whose_reader_is_gone_ends_well():
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from support import processes; "
+            "processes.run(lambda: (time.sleep(1), print('x')))")
+    done = subprocess.run(["bash", "-c", '"$0" -c "$1" | true; exit ${PIPESTATUS[0]}',
+                           sys.executable, code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_judge_s_answer_that_one_process_could_not_read_ends_all(monkeypatch):

@@ -44,7 +44,7 @@ DEFAULT = dict(
     prompts_per_step=8, group_size=8, unmask_steps=12, no_kl=True, filter_low=True,
     transition="p2", ratio="sum", lr="8e-4", eval_every=20, save_every=0)
 SEEDS = {"long": (3, 4), "lr": (1, 2), "work": (3, 4, 5)}    # of the others 3 to 7
-DRAWN_WITH = {"work": (6, 20), "work30": (6, 20)}    # T of two more evaluations at a run's end
+DRAWN_WITH = dict.fromkeys(("work", "work30", "weight"), (6, 20))   # T of two more evaluations
 WORKS = {"work": (5, 10, 20), "work30": (5, 10, 20, 30)}     # at which their tables have scores
 
 # of the log, over steps
@@ -425,8 +425,7 @@ def look_table(rows):
 def report(args):
     """Put tables and plots into notes.md where it says [table NAME] -> folder/README.md."""
     there, folder = runs_in(args.folder), args.folder
-    blocks = dict.fromkeys(("look", "ceiling", "best", "work", "work30", "iterations"),
-                           "no numbers yet")
+    blocks = dict.fromkeys(("look", "ceiling", "best", "iterations"), "no numbers yet")
     if (folder / "p1.json").exists():
         blocks["look"] = look_table(json.loads((folder / "p1.json").read_text()))
     if (folder / "ceiling.json").exists():
@@ -438,12 +437,13 @@ def report(args):
                                                             "iterations.json").read_text()))
     blocks["rates"] = rates_table(there)
     arms, longer = found_arms("work", there), found_arms("work30", there)
+    blocks["work"] = work_table(arms, WORKS["work"]) if arms else "no runs yet"
+    blocks["work30"] = work_table(longer, WORKS["work30"]) if longer else "no runs yet"
     if arms and longer:
         few = {label: rows for label, rows in arms.items() if "," not in label}
         others = {label: arms[label] for label in arms if label not in few or label in longer}
         plot_work([(20, few), (20, others), (30, longer)], folder / "work.png")
-        blocks["work"] = f"{work_table(arms, WORKS['work'])}\n\n![work](work.png)"
-        blocks["work30"] = work_table(longer, WORKS["work30"])
+        blocks["work"] += "\n\n![work](work.png)"
     for name, columns in COLUMNS.items():
         arms = found_arms(name, there)
         blocks[name] = "no runs yet"
