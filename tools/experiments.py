@@ -127,7 +127,7 @@ EXPERIMENTS["work30"] = {label: to_work(30, WORK[label] | dict(lr=CHOSEN[label])
                          for label in ("T 12", "T 4")}
 
 # of an advantage the rule has the share weight / (1 + weight)
-RULE = {weight: dict(reward=f"clip:shapes/clip,geneval:exact:{weight}") for weight in (1, 10, 30)}
+RULE = {weight: dict(reward=f"clip:shapes/clip,geneval:exact:{weight}") for weight in (1, 10)}
 MANY, FEW = EXPERIMENTS["work30"].values()
 EXPERIMENTS["weight"] = {
     "T 4, clip": FEW, **{f"T 4, rule x {weight}": FEW | arm for weight, arm in RULE.items()},
